@@ -1,0 +1,40 @@
+"Every notebook of `nbs/` runs from top to bottom (its examples are its tests), each in a process of its own"
+import os, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
+    if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts) and p.parent.name != 'experiments')
+CODE = "import sys; from nbdev.test import test_nb; ok,_ = test_nb(sys.argv[1], skip_flags=['notest','gpu','slow']); sys.exit(not ok)"
+
+
+def run_notebook(path):
+    "Run one notebook as `nbdev-test` does; return its exit code and what it printed"
+    env = dict(os.environ, TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg', HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    r = subprocess.run([sys.executable, '-c', CODE, str(path)], cwd=path.parent, env=env, capture_output=True, text=True, timeout=600)
+    return r.returncode, r.stdout+r.stderr
+
+
+@pytest.fixture(scope='session')
+def results(request):
+    "All notebooks that were asked for, two at a time"
+    wanted = [i.callspec.params['path'] for i in request.session.items if i.originalname == 'test_notebook']
+    pool = ThreadPoolExecutor(2)
+    yield {p: pool.submit(run_notebook, p) for p in wanted}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
+def test_notebook(path, results):
+    code, out = results[path].result()
+    assert code == 0, out[-6000:]
+
+
+def test_a_failing_notebook_is_reported(tmp_path):
+    import nbformat
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('assert 1 == 2, "planted"')])
+    nbformat.write(nb, tmp_path/'bad.ipynb')
+    code, out = run_notebook(tmp_path/'bad.ipynb')
+    assert code != 0 and 'planted' in out
