@@ -23,34 +23,42 @@ from dataclasses import dataclass,field
 def _bools(x, what):
     v = np.asarray(x)
     missing = int(pd.isna(v).sum())
-    if missing: raise ValueError(f"{what} has no answer for {missing} of {v.size} items; a missing one is not a wrong one, so predict them all")
+    if missing:
+        raise ValueError(f"{what} has no answer for {missing} of {v.size} items; a missing one is not a wrong one, "
+            "so predict them all")
     if v.dtype==object and all(isinstance(o,(bool,np.bool_)) for o in v.flat): v = v.astype(bool)
     if v.size==0: raise ValueError(f"{what} holds no items")
-    if v.dtype!=bool: raise TypeError(f"{what} holds True or False per item; got {v.dtype} such as {v.flat[0]}; compare predictions with labels")
+    if v.dtype!=bool:
+        raise TypeError(f"{what} holds True or False per item; got {v.dtype} such as {v.flat[0]}; compare "
+            "predictions with labels")
     return v
 
 # %% ../nbs/44_significance.ipynb #b7f77c9c
 def correctness(
-    x, # Predictions (`.logits` (n, C), `.labels` and `.ids` (n,)), a boolean Series indexed by item id, or a boolean array
+    x, # Predictions (`.logits` (n, C), `.labels`, `.ids`), a boolean Series indexed by item id, or a boolean array
     what:str='a', # Name used in errors
 ): # A boolean Series indexed by id where there are ids, else a boolean array
     "Which items `x` has right; missing answers, repeated ids and anything but booleans are refused"
     if hasattr(x, 'logits'):
         z = np.asarray(x.logits)
-        if not np.isfinite(z).all(): raise ValueError(f"the logits of {what} hold NaN or Inf; evaluate a model that is whole")
+        if not np.isfinite(z).all():
+            raise ValueError(f"the logits of {what} hold NaN or Inf; evaluate a model that is whole")
         x = pd.Series(z.argmax(-1)==np.asarray(x.labels), index=pd.Index(x.ids))
     if not isinstance(x, pd.Series): return _bools(x, what)
     if not x.index.is_unique:
-        raise ValueError(f"{what} has several answers for item {x.index[x.index.duplicated()][0]!r}; give each seed as a run of its own")
+        raise ValueError(f"{what} has several answers for item {x.index[x.index.duplicated()][0]!r}; give each seed "
+            "as a run of its own")
     return pd.Series(_bools(x, what), index=x.index)
 
 # %% ../nbs/44_significance.ipynb #b1b425c0
-def _several(x): return isinstance(x,(list,tuple)) and len(x)>0 and (hasattr(x[0],'logits') or isinstance(x[0],pd.Series))
+def _several(x):
+    return isinstance(x,(list,tuple)) and len(x)>0 and (hasattr(x[0],'logits') or isinstance(x[0],pd.Series))
 
 def _align(s, ids, what, ref):
     only = {what:s.index.difference(ids), ref:ids.difference(s.index)}
     for k,v in only.items():
-        if len(v): raise ValueError(f"{len(v)} items are only in {k}, e.g. {list(v[:3])}; evaluate both on the same items")
+        if len(v):
+            raise ValueError(f"{len(v)} items are only in {k}, e.g. {list(v[:3])}; evaluate both on the same items")
     return s.loc[ids].to_numpy()
 
 # %% ../nbs/44_significance.ipynb #5fa4bf3d
@@ -62,12 +70,16 @@ def paired_runs(
     sa,sb = ([correctness(o, w) for o in (x if _several(x) else [x])] for x,w in ((a,'a'),(b,'b')))
     named = [isinstance(o, pd.Series) for o in sa+sb]
     if any(named):
-        if not all(named): raise ValueError("some answers carry item ids and some do not; give ids to all, or to none")
+        if not all(named):
+            raise ValueError("some answers carry item ids and some do not; give ids to all, or to none")
         ids = sa[0].index
-        return np.stack([_align(o,ids,'a','the first run') for o in sa]), np.stack([_align(o,ids,'b','a') for o in sb]), ids
+        A = np.stack([_align(o, ids, 'a', 'the first run') for o in sa])
+        return A,np.stack([_align(o, ids, 'b', 'a') for o in sb]),ids
     A,B = np.atleast_2d(sa[0]),np.atleast_2d(sb[0])
-    if A.ndim>2 or B.ndim>2: raise ValueError(f"answers have shape (items,) or (runs, items); got {A.shape} and {B.shape}")
-    if A.shape[1]!=B.shape[1]: raise ValueError(f"a has {A.shape[1]} items and b has {B.shape[1]}; they must be the same items")
+    if A.ndim>2 or B.ndim>2:
+        raise ValueError(f"answers have shape (items,) or (runs, items); got {A.shape} and {B.shape}")
+    if A.shape[1]!=B.shape[1]:
+        raise ValueError(f"a has {A.shape[1]} items and b has {B.shape[1]}; they must be the same items")
     return A,B,None
 
 # %% ../nbs/44_significance.ipynb #662d7e98
@@ -96,7 +108,8 @@ def mcnemar(
 )->McNemar: # Counts, difference and p-values
     "Exact McNemar test of `a` against `b` on the same items"
     A,B,_ = paired_runs(a, b)
-    if len(A)!=1 or len(B)!=1: raise ValueError("mcnemar compares one run with one run; use paired_bootstrap for several")
+    if len(A)!=1 or len(B)!=1:
+        raise ValueError("mcnemar compares one run with one run; use paired_bootstrap for several")
     return McNemar(A.shape[1], n01=int((~A&B).sum()), n10=int((A&~B).sum()))
 
 # %% ../nbs/44_significance.ipynb #60c6b354
@@ -115,7 +128,8 @@ def minimum_detectable_effect(
     za,zb = norm.isf(alpha/2), norm.ppf(power or .5)
     # root of d*sqrt(n) = za*sqrt(disc) + zb*sqrt(disc - d**2)
     d = (za*(n*discordance)**.5 + zb*(discordance*max(0., n-za**2+zb**2))**.5)/(n+zb**2)
-    if d>discordance: raise ValueError(f"{n} items with {discordance:.1%} discordance cannot show any difference; take more items")
+    if d>discordance:
+        raise ValueError(f"{n} items with {discordance:.1%} discordance cannot show any difference; take more items")
     return float(d)
 
 # %% ../nbs/44_significance.ipynb #1e6426dc
@@ -148,7 +162,8 @@ def paired_bootstrap(
     d,unit = _differences(A, B)
     kinds,counts = np.unique(d, return_counts=True)
     rng,block = np.random.default_rng(seed),max(1, 2**20//len(kinds)) # at most 8 MiB of counts at a time
-    sums = np.concatenate([rng.multinomial(len(d), counts/len(d), size=min(block, n-i))@kinds for i in range(0, n, block)])
+    draw = lambda k: rng.multinomial(len(d), counts/len(d), size=k)@kinds
+    sums = np.concatenate([draw(min(block, n-i)) for i in range(0, n, block)])
     low,high = np.quantile(sums, [(1-level)/2,(1+level)/2])/(len(d)*unit)
     p = min(1., 2*(1+min((sums<=0).sum(), (sums>=0).sum()))/(n+1))
     return Bootstrap(float(d.sum()/(len(d)*unit)), float(low), float(high), float(p), len(d), level)
@@ -157,7 +172,8 @@ def paired_bootstrap(
 def _pvalues(p):
     v = np.asarray(p, dtype=float)
     if v.ndim!=1 or not len(v): raise ValueError(f"p-values come as one non-empty row; got shape {v.shape}")
-    if not ((v>=0)&(v<=1)).all(): raise ValueError(f"p-values are in [0, 1] and none is missing; got {v[~((v>=0)&(v<=1))][0]}")
+    bad = v[~((v>=0)&(v<=1))]
+    if len(bad): raise ValueError(f"p-values are in [0, 1] and none is missing; got {bad[0]}")
     return v,np.argsort(v, kind='stable')
 
 def _like(q, o, p):
@@ -206,7 +222,8 @@ def compare(
     df = pd.DataFrame({k: _row(v, b[k], n, seed, level) for k,v in a.items()}).T.rename_axis('locale')
     df = df.assign(n=df.n.astype(int), holm=holm(df.p), bh=benjamini_hochberg(df.p))
     sure = df.holm<=1-level
-    return df.assign(verdict=np.select([sure&(df['diff']>0), sure&(df['diff']<0)], ['better','worse'], 'no difference shown'))
+    words = np.where(df['diff']>0, 'better', 'worse')
+    return df.assign(verdict=np.where(sure&(df['diff']!=0), words, 'no difference shown'))
 
 # %% ../nbs/44_significance.ipynb #88a48a41
 _colours = {'better':'#0072b2', 'worse':'#d55e00', 'no difference shown':'#777777'}
@@ -246,8 +263,10 @@ def wilcoxon(
     "Signed-rank test of `a` against `b`, paired by locale; ties and zeros as in SciPy"
     from scipy import stats
     a,b = pd.Series(a, dtype=float),pd.Series(b, dtype=float)
-    if not (a.index.is_unique and b.index.is_unique): raise ValueError("each locale may occur once in a and once in b")
+    if not (a.index.is_unique and b.index.is_unique):
+        raise ValueError("each locale may occur once in a and once in b")
     d = pd.Series(a.to_numpy()-_align(b, a.index, 'b', 'a'), index=a.index).round(12) # .65-.6 and .55-.5 are a tie
-    if d.isna().any() or not len(d): raise ValueError(f"every locale needs both accuracies; missing for {list(d.index[d.isna()])}")
+    if d.isna().any() or not len(d):
+        raise ValueError(f"every locale needs both accuracies; missing for {list(d.index[d.isna()])}")
     p = float(stats.wilcoxon(d).pvalue) if d.any() else 1.
     return SignedRank(int((d!=0).sum()), float(d.mean()), float(d.median()), p)

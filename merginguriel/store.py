@@ -7,11 +7,11 @@ Docs: https://merginguriel.github.io/merginguriel/store.html.md"""
 # %% auto #0
 __all__ = ['Store']
 
-# %% ../nbs/50_store.ipynb #e51675a5
-"""Results live in one SQLite file, never in the names of folders. A `Store` keeps every configuration as canonical JSON
-under its hash, one row for each score, and beside an accuracy the correctness of every item, so that any two runs can be
-compared item by item later. A run is recorded whole or not at all, recording it twice changes nothing, and a missing
-score is an error, never 0.0. Several processes of one machine may write at the same time."""
+# %% ../nbs/50_store.ipynb #b9563bc1
+"""Results live in one SQLite file, never in the names of folders. A `Store` keeps every configuration as canonical
+JSON under its hash, one row for each score, and beside an accuracy the correctness of every item, so that any two runs
+can be compared item by item later. A run is recorded whole or not at all, recording it twice changes nothing, and a
+missing score is an error, never 0.0. Several processes of one machine may write at the same time."""
 
 # %% ../nbs/50_store.ipynb #d8c20e13
 import difflib,hashlib,json,math,os,sqlite3,time
@@ -35,8 +35,8 @@ _steps = [["""create table configs(hash text primary key, config text not null, 
 _advice = dict(
     NOTADB="is not an SQLite file; give the store a path of its own",
     CORRUPT="is damaged; restore it from a copy, or read it with the `.recover` command of sqlite3",
-    FULL="cannot grow because the disk is full; nothing of this record was kept and earlier rows are intact: free space, then record again",
-    IOERR="could not be written or read; nothing of this record was kept: check the disk and its quota, then record again",
+    FULL="cannot grow, the disk is full; earlier rows are intact, nothing of this record was kept: free space, try again",
+    IOERR="could not be read or written; nothing of this record was kept: check the disk and its quota, record again",
     READONLY="cannot be written; choose a file and folder that you may write to, or only read it with readonly=True",
     CANTOPEN="cannot be opened; its folder must exist and be writable, because SQLite keeps two more files beside it",
     BUSY="stayed locked by another process; raise `timeout`, or look for a writer that hangs",
@@ -55,10 +55,13 @@ class Store:
         readonly:bool=False, # Only read (True): a missing file is an error, and the folder need not be writable
         timeout:float=60., # Seconds to wait for other writers before giving up
     ):
-        if str(path)==':memory:': raise StoreError("a store is a file: every operation opens it anew, which an in-memory database does not survive")
+        if str(path)==':memory:':
+            raise StoreError("a store is a file, opened anew by every operation; give it a path on disk")
         self.path,self.readonly,self.timeout = Path(path).absolute(),readonly,timeout
-        if readonly and not self.path.exists(): raise MissingDataError(f"no store at {path}; record a run there first")
-        if self.path.is_dir(): raise StoreError(f"{path} is a folder; name a file in it, such as {Path(path)/'scores.db'}")
+        if readonly and not self.path.exists():
+            raise MissingDataError(f"no store at {path}; record a run there first")
+        if self.path.is_dir():
+            raise StoreError(f"{path} is a folder; name a file in it, such as {Path(path)/'scores.db'}")
         self._try(self._open_file)
 
     def __repr__(self): return f"Store({str(self.path)!r}{', readonly=True' if self.readonly else ''})"
@@ -79,9 +82,9 @@ def _try(self:Store, f, *args):
 @patch
 @contextmanager
 def _connect(self:Store, mode='mode=rw'):
-    if self.readonly and not os.access(self.path.parent, os.W_OK): # no place for a -shm file; without a tail none is needed
+    if self.readonly and not os.access(self.path.parent, os.W_OK): # a -shm file has no place
         mode = 'mode=ro' if Path(f'{self.path}-wal').exists() else 'immutable=1'
-    con = sqlite3.connect(f'{self.path.as_uri()}?{mode}', uri=True, timeout=min(self.timeout, 5.), isolation_level=None)
+    con = sqlite3.connect(f'{self.path.as_uri()}?{mode}', uri=True, timeout=min(self.timeout, 5), isolation_level=None)
     try:
         con.execute('pragma foreign_keys=on')
         con.execute('pragma synchronous=full') # a finished record survives a power cut
@@ -106,9 +109,11 @@ def _check_version(self:Store, con):
     if app!=_app_id and (app or v or con.execute('select count(*) from sqlite_master').fetchone()[0]):
         raise StoreError(f"{self.path} is an SQLite file of another program; give the store a path of its own")
     if v>len(_steps):
-        raise StoreError(f"{self.path} has schema version {v} and this merginguriel knows {len(_steps)}; upgrade merginguriel to read it")
+        raise StoreError(f"{self.path} has schema version {v} and this merginguriel knows {len(_steps)}; upgrade "
+            "merginguriel to read it")
     if self.readonly and v<len(_steps):
-        raise StoreError(f"{self.path} has schema version {v} of {len(_steps)}; open it once for writing, which upgrades it")
+        raise StoreError(f"{self.path} has schema version {v} of {len(_steps)}; open it once for writing, which "
+            "upgrades it")
     return v
 
 # %% ../nbs/50_store.ipynb #e8b73b08
@@ -116,31 +121,35 @@ def _check_version(self:Store, con):
 def _open_file(self:Store):
     if not self.readonly:
         try: self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise StoreError(f"the folder of {self.path} cannot be made ({e}); choose one you may write to") from e
+        except OSError as e:
+            raise StoreError(f"the folder of {self.path} cannot be made ({e}); choose one you may write to") from e
     with self._connect('mode=rw' if self.readonly else 'mode=rwc') as con:
         v = self._check_version(con)
-        if not self.readonly and not os.access(self.path, os.W_OK): raise StoreError(f"{self.path} {_advice['READONLY']}")
+        if not self.readonly and not os.access(self.path, os.W_OK):
+            raise StoreError(f"{self.path} {_advice['READONLY']}")
         if v==len(_steps): return
         mode = con.execute('pragma journal_mode=wal').fetchone()[0]
-        if mode!='wal': raise StoreError(f"the file system of {self.path} has no shared memory for WAL; put the store on a local disk")
+        if mode!='wal':
+            raise StoreError(f"the file system of {self.path} has no shared memory for WAL; put the store on a "
+                "local disk")
         with _transaction(con):
             for step in _steps[self._check_version(con):]: # asked again: another process may have been faster
                 for o in step: con.execute(o)
             con.execute(f'pragma application_id={_app_id}')
             con.execute(f'pragma user_version={len(_steps)}')
 
-# %% ../nbs/50_store.ipynb #ca40f205
+# %% ../nbs/50_store.ipynb #dc0c90d5
 _key = ('name','locale','split','metric')
 _fields = (*_key,'value','n','low','high','items','correct')
+
+def _bad(s, k, why): return StoreError(f"{k} of {'/'.join(str(s.get(o)) for o in _key)} {why}")
 
 def _number(s, k, required=False):
     v = s.get(k)
     if v is None and not required: return None
     if v is None or isinstance(v,(str,bool,np.bool_)) or not math.isfinite(v):
-        raise StoreError(f"{k} of {_where(s)} is {v!r}; a score that could not be computed is not recorded, so evaluate again")
+        raise _bad(s, k, f"is {v!r}; a score that could not be computed is not recorded, so evaluate again")
     return float(v)
-
-def _where(s): return '/'.join(str(s.get(k)) for k in _key)
 
 # %% ../nbs/50_store.ipynb #cef2b856
 def _items(s):
@@ -148,25 +157,30 @@ def _items(s):
     if c is None: return None,None,None
     if isinstance(c, pd.Series) and ids is None: c,ids = c.to_numpy(),c.index
     c = np.asarray(c)
-    if c.dtype!=bool or c.ndim!=1 or not len(c): raise StoreError(f"correct of {_where(s)} is one True or False per item; got {c.dtype} {c.shape}")
-    if s.get('n') not in (None,len(c)): raise StoreError(f"n of {_where(s)} is {s['n']} and correct has {len(c)} items")
+    if c.dtype!=bool or c.ndim!=1 or not len(c):
+        raise _bad(s, 'correct', f"is one True or False per item; got {c.dtype} {c.shape}")
+    if s.get('n') not in (None,len(c)): raise _bad(s, 'n', f"is {s['n']} and correct has {len(c)} items")
     if s['metric']=='accuracy' and abs(c.mean()-s['value'])>1e-9:
-        raise StoreError(f"value of {_where(s)} is {s['value']} and the mean of correct is {c.mean()}; record the scores of one evaluation")
+        raise _bad(s, 'value', f"is {s['value']} and the mean of correct is {c.mean()}; both are of one evaluation")
     if ids is None: return c,None,None
     ids = np.asarray(ids).tolist()
-    if len(ids)!=len(c) or len(set(ids))!=len(ids): raise StoreError(f"ids of {_where(s)} are {len(c)} different values; got {len(ids)}, {len(set(ids))} different")
+    if len(ids)!=len(c) or len(set(ids))!=len(ids):
+        raise _bad(s, 'ids', f"are {len(c)} different values; got {len(ids)}, {len(set(ids))} different")
     text = canonical_json(ids)
     return c,hashlib.sha256(text.encode()).hexdigest()[:32],text
 
 # %% ../nbs/50_store.ipynb #0a05b944
 def _score_row(s):
     extra = set(s)-set(_key)-{'value','n','low','high','correct','ids'}
-    if extra: raise StoreError(f"a score has no field {', '.join(sorted(extra))}; what describes a run belongs in its configuration")
-    bad = [k for k in _key if not isinstance(s.get(k), str) or not s[k]]
-    if bad: raise StoreError(f"{bad[0]} of {_where(s)} is {s.get(bad[0])!r}; name, locale, split and metric are strings")
+    if extra:
+        raise StoreError(f"a score has no field {', '.join(sorted(extra))}; what describes a run is configuration")
+    for k in _key:
+        if not isinstance(s.get(k), str) or not s[k]:
+            raise _bad(s, k, f"is {s.get(k)!r}; {', '.join(_key)} are strings")
     value,low,high,n = _number(s,'value',True),_number(s,'low'),_number(s,'high'),_number(s,'n')
-    if n is not None and (n<1 or n!=int(n)): raise StoreError(f"n of {_where(s)} is {s['n']}; it is a number of items")
-    if (low is None)!=(high is None) or low is not None and low>high: raise StoreError(f"the interval of {_where(s)} is [{low}, {high}]; give both ends, low first")
+    if n is not None and (n<1 or n!=int(n)): raise _bad(s, 'n', f"is {s['n']}; it is a number of items")
+    if (low is None)!=(high is None) or low is not None and low>high:
+        raise _bad(s, 'the interval', f"is [{low}, {high}]; give both ends, low first")
     c,digest,ids = _items(s)
     n = len(c) if c is not None else n if n is None else int(n)
     row = tuple(s[k] for k in _key)+(value, n, low, high, digest, None if c is None else np.packbits(c).tobytes())
@@ -186,7 +200,9 @@ def record(self:Store,
     if self.readonly: raise StoreError(f"{self} is for reading; open it without readonly=True to record")
     if not rows: raise StoreError("a run without scores is not recorded; was the evaluation skipped?")
     twice = [k for i,k in enumerate(keys) if k in keys[:i]]
-    if twice: raise StoreError(f"{'/'.join(twice[0])} is given twice; every score needs its own name, locale, split and metric")
+    if twice:
+        raise StoreError(f"{'/'.join(twice[0])} is given twice; every score needs its own name, locale, split and "
+            "metric")
     self._try(self._write, h, text, rows, replace)
     return h
 
@@ -206,13 +222,16 @@ def _write(self:Store, h, text, rows, replace):
 
 @patch
 def _put(self:Store, con, h, row, now, replace):
-    old = con.execute(f"select {','.join(_fields)} from scores where hash=? and name=? and locale=? and split=? and metric=?", (h,*row[:4])).fetchone()
+    key = 'hash=? and name=? and locale=? and split=? and metric=?'
+    old = con.execute(f"select {','.join(_fields)} from scores where {key}", (h,*row[:4])).fetchone()
     if old==row: return
     if old and not replace:
         k,a,b = next(o for o in zip(_fields, old, row) if o[1]!=o[2])
         what = f"{k} {a} and would become {b}" if k not in ('items','correct') else f"other {k}"
-        raise StoreError(f"{'/'.join(row[:4])} of {h} is stored with {what}; the stored one is kept: find out what changed, or pass replace=True")
-    con.execute(f"insert or replace into scores(hash,created,{','.join(_fields)}) values ({','.join('?'*(len(_fields)+2))})", (h,now,*row))
+        raise StoreError(f"{'/'.join(row[:4])} of {h} is stored with {what}; it is kept: see what changed, or pass "
+            "replace=True")
+    marks = ','.join('?'*(len(_fields)+2))
+    con.execute(f"insert or replace into scores(hash,created,{','.join(_fields)}) values ({marks})", (h,now,*row))
 
 # %% ../nbs/50_store.ipynb #885af2cb
 def _flat(d, prefix=''):
@@ -241,8 +260,9 @@ def _read(self:Store, query, args=()):
 def configs(self:Store)->pd.DataFrame: # Index hash; one column per flattened field, and created
     "The configurations recorded so far, oldest first"
     rows = self._try(self._read, 'select hash, config, created from configs order by rowid')
-    df = pd.DataFrame([{**{f'config.{k}' if k in _columns else k:v for k,v in _flat(json.loads(c)).items()}, 'created':t}
-        for _,c,t in rows], index=pd.Index([h for h,_,_ in rows], name='hash', dtype=object), dtype=object)
+    def named(c): return {f'config.{k}' if k in _columns else k:v for k,v in _flat(json.loads(c)).items()}
+    index = pd.Index([h for h,_,_ in rows], name='hash', dtype=object)
+    df = pd.DataFrame([named(c) | {'created':t} for _,c,t in rows], index=index, dtype=object)
     return df.infer_objects() if len(df) else pd.DataFrame({'created':[]}, index=df.index)
 
 # %% ../nbs/50_store.ipynb #32c3461f
@@ -283,9 +303,12 @@ def correct(self:Store,
     rows = self._try(self._read, """select s.correct, s.n, i.ids from scores s left join items i on i.digest=s.items
         where hash=? and name=? and locale=? and split=? and metric=?""", (hash,name,locale,split,metric))
     if not rows or rows[0][0] is None:
-        raise MissingDataError(f"no items are stored for {name}/{locale}/{split}/{metric} of {hash}; record the score with correct=")
+        raise MissingDataError(f"no items are stored for {name}/{locale}/{split}/{metric} of {hash}; record the "
+            "score with correct=")
     blob,n,ids = rows[0]
     c = np.unpackbits(np.frombuffer(blob, np.uint8), count=n).astype(bool)
     if not by_id: return c
-    if ids is None: raise MissingDataError(f"{name}/{locale}/{split} of {hash} was recorded without ids, so its items cannot be paired safely")
+    if ids is None:
+        raise MissingDataError(f"{name}/{locale}/{split} of {hash} was recorded without ids, so its items cannot be "
+            "paired safely")
     return pd.Series(c, index=json.loads(ids), name=name)

@@ -98,7 +98,8 @@ def test_writer_killed_at_any_moment(tmp_path):
             s = Store(sys.argv[1])
             print('ready', flush=True)
             for i in range(100000):
-                s.record(dict(pid=os.getpid(), i=i), [dict(name=f'm{j}', locale='x', split='test', metric='accuracy', value=.5) for j in range(30)])
+                s.record(dict(pid=os.getpid(), i=i), [dict(name=f'm{j}', locale='x', split='test', metric='accuracy', value=.5)
+                    for j in range(30)])
         """, path)
         p.stdout.readline()
         try: p.wait(wait or .001)
@@ -162,7 +163,8 @@ def test_read_only_folder(tmp_path):
         for p in mine: p.chmod(modes[p] | 0o055)
         out = ok(script("""
             from merginguriel.core import StoreError
-            Store(sys.argv[2]).record(dict(i=0), [dict(name='m', locale='x', split='s', metric='m', value=1)]) # imports what is imported late
+            late = dict(name='m', locale='x', split='s', metric='m', value=1)
+            Store(sys.argv[2]).record(dict(i=0), [late]) # imports what is imported late
             if not os.geteuid(): os.setgroups([]); os.setgid(65534); os.setuid(65534) # root may write everywhere
             p = Path(sys.argv[1])
             for f in (p, p.with_name('new.db'), p.parent/'sub'/'new.db'):
