@@ -260,6 +260,8 @@ def resolve_model(
 def _modern(k): return re.sub(r'\.gamma$', '.weight', re.sub(r'\.beta$', '.bias', k))
 
 _buffers = r'(position_ids|token_type_ids|inv_freq|attn\.(masked_)?bias)$' # Constants that some versions store
+_tied = ['lm_head.decoder.weight','lm_head.weight','cls.predictions.decoder.weight','vocab_projector.weight',
+    'generator_lm_head.weight','decoder.weight']
 
 def match_encoder(
     pretrained, # Open `Checkpoint` of the pretrained model, with any head or none
@@ -273,6 +275,8 @@ def match_encoder(
     have = {_modern(k):k for k in pretrained.keys()}
     short = lambda k: k if k in have else k.removeprefix(pre)
     found = {k:have[short(k)] for k in body if short(k) in have}
+    words = [k for k in body if k not in found and re.search(r'(word|tok)_embeddings\.weight$|wte\.weight$', k)]
+    found |= {k:o for k in words[:1] for o in _tied if o in have}
     if lost := [k for k in body if k not in found and '.pooler.' not in k and not re.search(_buffers, k)]:
         raise IncompatibleError(f"{len(lost)} encoder tensors of the fine-tuned model are not in {pretrained.path}, "
             f"e.g. {lost[0]!r}; give the pretrained model that it was fine-tuned from")

@@ -114,6 +114,14 @@ def test_old_names_and_stored_constants(tmp_path):
     (pre/'model.safetensors').unlink(); save_checkpoint(old, pre)
     assert open_checkpoint(match_base(pre, ref)).read('bert.embeddings.position_ids').tolist()==[list(range(20))]
 
+@pytest.mark.parametrize('kind,lm', kinds)
+def test_embedding_stored_as_the_output_layer(tmp_path, kind, lm):
+    m = tiny(kind)(lm)
+    pre,ref = save(m, tmp_path/'pre', 1),save(tiny(kind)('ForSequenceClassification'), tmp_path/'ref', 2)
+    new = match_base(pre, ref, out=tmp_path/'new')
+    save_checkpoint(dict(m.named_parameters()), pre) # each shared tensor once, under its first name
+    assert open_checkpoint(match_base(pre, ref)).digest()==open_checkpoint(new).digest()
+
 @pytest.mark.parametrize('change,says', [
     (dict(vocab=31), r"word_embeddings.weight' is \(30, 8\) in the fine-tuned model and \(31, 8\)"),
     (dict(num_hidden_layers=1), r"encoder.layer.1"),
