@@ -1,8 +1,9 @@
 """The site is checked at its source, without Quarto: pages are staged in a copy of the repository as `nbdev-docs` stages them,
 then every target, link, anchor, image, setting, skill page and command is looked up. Each check is seen to catch a planted fault."""
-import hashlib, importlib.util, json, os, re, shlex, shutil, subprocess, sys
+import hashlib, importlib.util, json, os, re, shlex, shutil, subprocess, sys, textwrap
 from pathlib import Path
 import pytest, yaml
+from papermill import inspect_notebook
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT/'nbs'
@@ -216,7 +217,8 @@ QUARTO_HEAD = """<html><head>
 </head><body><a href="https://example.org">a link is not a load</a> <code>&lt;script src="https://x.y/z.js"&gt;</code></body></html>"""
 
 @pytest.fixture
-def local_scripts():
+def local_scripts(monkeypatch):
+    monkeypatch.setattr(sys, 'dont_write_bytecode', True)
     spec = importlib.util.spec_from_file_location('local_scripts', NBS/'_local_scripts.py')
     m = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(m)
@@ -300,7 +302,8 @@ def test_a_faulty_skill_page_is_reported(tmp_path):
 
 def blocks(path, *languages):
     text = path.read_text(encoding='utf-8')
-    return [b for lang,b in re.findall(r'^```\{?\.?(\w+)[^\n]*\n(.*?)^```\s*$', text, re.M|re.S) if lang in languages]
+    found = re.findall(r'^( *)```\{?\.?(\w+)[^\n]*\n(.*?)^\1```\s*$', text, re.M|re.S)
+    return [textwrap.dedent(b) for _,lang,b in found if lang in languages]
 
 def commands(path):
     "Lines of shell blocks, without prompts and comments, split at &&, as lists of words"
@@ -315,7 +318,6 @@ def run_cli(*args):
 
 def template_faults(path, flags):
     "Parameters in `flags` that the notebook at `path` does not have"
-    from papermill import inspect_notebook
     if not path.is_file(): return [f'no template {path.name}']
     return [f'{path.name} has no parameter {f}' for f in flags if f not in inspect_notebook(str(path))]
 
@@ -330,12 +332,12 @@ def command_faults(words):
     flags = [w.split('=')[0] for w in rest if w.startswith('--')]
     code,text = run_cli(sub, '--help')
     if code: return [f'no command merginguriel {sub}: {text[-300:]}']
+    known = text.replace('_', '-')
     if sub=='run':
-        faults = template_faults(NBS/f'experiments/{rest[0]}.ipynb', [])
-        if faults: return faults
-        code,more = run_cli(sub, rest[0], '--help')
-        text += more
-    return [f'merginguriel {sub} has no {f}' for f in flags if not re.search(re.escape(f)+r'\b', text.replace('_','-')) and f.replace('-','_') not in text]
+        template = NBS/f'experiments/{rest[0]}.ipynb'
+        if faults:=template_faults(template, []): return faults
+        known += ' '.join('--'+o.replace('_', '-') for o in inspect_notebook(str(template)))
+    return [f'merginguriel {sub} has no {f}' for f in flags if not re.search(re.escape(f.replace('_', '-'))+r'(?![\w-])', known)]
 
 @pytest.mark.parametrize('path', SKILLS, ids=lambda p: p.stem)
 def test_commands_of_skill_pages_exist(path):
