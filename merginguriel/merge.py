@@ -8,17 +8,19 @@ Docs: https://merginguriel.github.io/merginguriel/merge.html.md"""
 __all__ = ['Block', 'methods', 'head_policies', 'Traits', 'Methods', 'register', 'check_weights', 'check_hyperparameters', 'Scan',
            'merge_state_dicts', 'MergeReport', 'merge']
 
-# %% ../nbs/20_merge.ipynb #cfdd44d2
-"""A merge method is a pure function of one tensor, `(base, taus, weights, **hyperparameters) -> merged`. It never sees a file,
-a head or a locale. What surrounds it is the same for every method and lives here: `methods` finds the function, `merge`
-checks everything that can be checked before a value is read, walks through the models block by block, treats the
-classifier head by a policy of its own, and writes a whole model folder with a record of what went into it.
-`merge_state_dicts` is the same loop for models in memory. Every source that is handed in is used, or the merge is an error."""
+# %% ../nbs/20_merge.ipynb #09f512af
+"""A merge method is a pure function of one tensor, `(base, taus, weights, **hyperparameters) -> merged`. It
+never sees a file, a head or a locale. What surrounds it is the same for every method and lives here: `methods`
+finds the function, `merge` checks everything that can be checked before a value is read, walks through the
+models block by block, treats the classifier head by a policy of its own, and writes a whole model folder with a
+record of what went into it. `merge_state_dicts` is the same loop for models in memory. Every source that is
+handed in is used, or the merge is an error."""
 
-# %% ../nbs/20_merge.ipynb #4855287d
-import difflib,importlib,inspect,json,math,os,platform
+# %% ../nbs/20_merge.ipynb #c818d8ea
+import difflib,importlib,inspect,itertools,json,math,platform
 from collections import namedtuple
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass,field
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,9 +66,13 @@ class Methods(Mapping):
     def __repr__(self): return f"Methods({', '.join(self)})"
     def __getitem__(self, name):
         if name in self._load(): return self._fns[name]
-        near = difflib.get_close_matches(str(name), self._fns, n=2, cutoff=.4)
-        raise KeyError(f"no merge method {name!r}{'; did you mean '+' or '.join(near) if near else ''}. There are: {', '.join(self)}")
-    def traits(self, name): return self[name] and self._traits[name]
+        near = ' or '.join(difflib.get_close_matches(str(name), self._fns, n=2, cutoff=.4))
+        raise KeyError(f"no merge method {name!r}{near and '; did you mean '+near}. There are: {', '.join(self)}")
+    def traits(self,
+        name:str, # Name of a method
+    )->Traits:
+        "What is declared for the method `name`"
+        return self[name] and self._traits[name]
 
 methods = Methods()
 
@@ -78,9 +84,10 @@ def register(
     t = Traits(**traits)
     def _register(fn):
         ps,name = inspect.signature(fn).parameters,fn.__name__
-        if list(ps)[:3]!=['base','taus','weights']: raise TypeError(f"a merge method starts with (base, taus, weights); {name} has {list(ps)[:3]}")
+        if list(ps)[:3]!=['base','taus','weights']:
+            raise TypeError(f"a merge method starts with (base, taus, weights); {name} has {list(ps)[:3]}")
         if lack := set(t.given)-set(ps): raise TypeError(f"{name} declares given={t.given}, but takes no {sorted(lack)}")
-        if t.deterministic == ('seed' in ps): raise TypeError(f"{name}: a method takes `seed` exactly when deterministic=False")
+        if t.deterministic == ('seed' in ps): raise TypeError(f"{name}: a method takes a seed exactly if deterministic=False")
         old = methods._fns.get(name)
         if old and fn.__module__!='__main__' and old.__module__=='__main__': return fn
         if old and fn.__module__ not in ('__main__', old.__module__):
@@ -102,10 +109,12 @@ def check_weights(
     if isinstance(weights, (Mapping,pd.Series)):
         given = list(weights.keys())
         if len(given)!=len(set(given)): raise ValueError(f"a source has two weights: {given}")
-        if set(given)!=set(names): raise ValueError(f"weights and sources have different names: no weight for "
-            f"{sorted(set(names)-set(given))}, no source for {sorted(set(given)-set(names))}; give each source one weight (0 leaves it out)")
+        lack,extra = sorted(set(names)-set(given)),sorted(set(given)-set(names))
+        if lack or extra: raise ValueError(f"weights and sources have different names: no weight for {lack}, no source for {extra}; "
+            "give each source one weight (0 leaves it out)")
         weights = [weights[k] for k in names]
-    if len(weights)!=len(names): raise ValueError(f"{len(weights)} weights for {len(names)} sources ({', '.join(names)}); give one each")
+    if len(weights)!=len(names):
+        raise ValueError(f"{len(weights)} weights for {len(names)} sources ({', '.join(names)}); give one each")
     w = pd.Series([float(o) for o in weights], index=names, dtype='float64')
     for k,o in w.items():
         if not math.isfinite(o): raise ValueError(f"the weight of {k} is {o}; weights are finite numbers")
@@ -125,19 +134,31 @@ def check_hyperparameters(
     for k in hp:
         if k not in ps: raise TypeError(f"{method} has no hyperparameter {k!r}; it takes {', '.join(ps) or 'none'}")
     hp = {k:hp.get(k, p.default) for k,p in ps.items()}
-    if lack := [k for k,v in hp.items() if v is inspect.Parameter.empty]: raise TypeError(f"{method} needs {', '.join(lack)}")
+    lack = [k for k,v in hp.items() if v is inspect.Parameter.empty]
+    if lack: raise TypeError(f"{method} needs {', '.join(lack)}")
     fn(torch.zeros(2,2), torch.zeros(n,2,2), torch.ones(n), **hp)
     return hp
 
 # %% ../nbs/20_merge.ipynb #9594980d
 class Scan:
     "Base and sources, walked through as often as needed; `scan(keys)` yields (`Block`, base, taus)"
-    def __init__(self, base, sources, keys, max_elements): self.base,self.sources,self.keys,self.max_elements = base,sources,keys,max_elements
-    def __call__(self, keys=None):
+    def __init__(self,
+        base, # Open `Checkpoint`
+        sources:dict, # Name -> open `Checkpoint`
+        keys:list, # Tensors to merge, sorted
+        max_elements, # Values in a block; None: whole tensors
+    ): self.base,self.sources,self.keys,self.max_elements = base,sources,keys,max_elements
+    def __call__(self,
+        keys=None, # Some of the tensors; None: all
+    ):
         for k,rows,b,taus in iter_blocks(self.base, self.sources, self.keys if keys is None else keys, self.max_elements):
             shape = self.base.shape(k)
             yield Block(k, rows, rows.start*math.prod(shape[1:]) if rows else 0, shape),b,taus
-    def size(self, keys=None): return sum(math.prod(self.base.shape(k)) for k in (self.keys if keys is None else keys))
+    def size(self,
+        keys=None, # Some of the tensors; None: all
+    )->int:
+        "Number of values in one model"
+        return sum(math.prod(self.base.shape(k)) for k in (self.keys if keys is None else keys))
 
 # %% ../nbs/20_merge.ipynb #2f6cf62d
 def _open_base(base, first, source, floats):
@@ -148,11 +169,13 @@ def _open_base(base, first, source, floats):
     found = match_encoder(ckpt, {k:source.shape(k) for k in floats}) if body else {}
     found |= {k:k for k in floats if k not in body and k in ckpt}
     drawn = {k for k in body if k not in found}
-    if (folder := _folder(base)) and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&set(body)
+    folder = _folder(base)
+    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&set(body)
     view = Checkpoint(ckpt.path, {k:ckpt._entry(o) for k,o in found.items()})
     check_tensors({'the base':view, first:source}, keys=[k for k in body if k not in drawn])
     extra = sorted(set(ckpt)-set(found.values())-set(source))
-    return ckpt,view,drawn,[f"{len(extra)} tensors of the base are in no source and play no part, e.g. {o}" for o in extra[:1]]
+    say = f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"
+    return ckpt,view,drawn,[say]*bool(extra)
 
 def _folder(path):
     "The model folder of `path`, or None"
@@ -169,11 +192,12 @@ def _align_labels(models, first, keys, allow_generic):
     if first not in labels or not head_keys(keys): return None,{},[]
     ref,order,warnings = labels[first],{},[]
     if all(o==ref for o in labels.values()):
-        return ref,order,["the labels are placeholders (LABEL_0, …) and were taken to be in one order"]*generic_labels(ref)
+        return ref,order,["the labels are placeholders (LABEL_0, …), taken to be in one order"]*generic_labels(ref)
     for k,o in labels.items():
         p = label_permutation(o, ref, allow_generic)
         if list(p)!=list(range(len(ref))): order[k] = list(p)
-    if order: warnings = [f"the labels of {', '.join(order)} are in another order than those of {first}; their heads were aligned by name"]
+    if order: warnings = [f"the labels of {', '.join(order)} are in another order than those of {first}; their heads were "
+        "aligned by name"]
     return ref,order,warnings
 
 def _head_reader(models, order):
@@ -184,7 +208,8 @@ def _head_reader(models, order):
 # %% ../nbs/20_merge.ipynb #6e8cac41
 def _head_cosine(names, keys, read):
     "The least cosine between two heads, and which"
-    v = [torch.cat([o.double().flatten() for k in keys if (o := read(n, k)).dim()>1] or [torch.ones(1, dtype=torch.float64)]) for n in names]
+    one = [torch.ones(1, dtype=torch.float64)] # Where the head has no matrix
+    v = [torch.cat([o.double().flatten() for k in keys if (o := read(n, k)).dim()>1] or one) for n in names]
     v = torch.stack([o/o.norm() for o in v])
     cos = (v@v.T).fill_diagonal_(2.)
     i = int(cos.argmin())
@@ -193,16 +218,16 @@ def _head_cosine(names, keys, read):
 def _check_head(weights, keys, read, policy, allow_mixed, threshold=.5):
     "Warnings, and the least cosine between two heads"
     if not keys: return ["the sources have no classifier head"],None
-    if policy=='average' and (weights<0).any(): raise ValueError(f"the mean of the heads needs weights of 0 or more; got "
-        f"{weights.min()} for {weights.idxmin()}. Choose head='best' or head='base'")
+    if policy=='average' and (weights<0).any(): raise ValueError("the mean of the heads needs weights of 0 or more; "
+        f"got {weights.min()} for {weights.idxmin()}. Choose head='best' or head='base'")
     if len(weights)<2: return [],None
     low,a,b = _head_cosine(list(weights.index), keys, read)
     if low>=threshold: return [],low
-    say = (f"the heads of {a} and {b} have cosine {low:.3f}, below {threshold}: they were trained from different initialisations, "
-        f"and the mean of {len(weights)} such heads is not a head")
+    say = (f"the heads of {a} and {b} have cosine {low:.3f}, below {threshold}: they were trained from different "
+        f"initialisations, and the mean of {len(weights)} such heads is not a head")
     if policy!='average': return [f"{say}; head={policy!r} was used"],low
-    if not allow_mixed: raise IncompatibleError(f"{say}. Fine-tune all sources from one shared head, choose head='best' (the head of "
-        "the heaviest source) or head='base', or pass allow_mixed_heads=True to average them nevertheless")
+    if not allow_mixed: raise IncompatibleError(f"{say}. Fine-tune all sources from one shared head, choose head='best' (the "
+        "head of the heaviest source) or head='base', or pass allow_mixed_heads=True to average them nevertheless")
     return [f"{say}; they were averaged because allow_mixed_heads=True"],low
 
 # %% ../nbs/20_merge.ipynb #be23c133
@@ -217,26 +242,34 @@ def _head_tensor(plan, k):
         t = o*w if t is None else t.add_(o, alpha=w)
     return t
 
+# %% ../nbs/20_merge.ipynb #0b2faa19
+def _check_arguments(base, sources, method, head):
+    t = methods.traits(method)
+    if not isinstance(sources, dict) or not sources:
+        raise ValueError(f"sources is a dictionary name -> model with at least one; got {str(sources)[:80]}")
+    if bad := [k for k in sources if not isinstance(k, str) or k=='the base']:
+        raise ValueError(f"sources are named by strings, e.g. 'sq-AL'; got {bad[0]!r}")
+    if head not in head_policies: raise ValueError(f"head is one of {', '.join(head_policies)}; got {head!r}")
+    if base is None and (head=='base' or t.needs_base and t.coefficients is None):
+        raise ValueError(f"{method} with head={head!r} needs a base; got None")
+
 # %% ../nbs/20_merge.ipynb #72191975
 def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp):
+    _check_arguments(base, sources, method, head)
     t = methods.traits(method)
-    if not isinstance(sources, dict) or not sources: raise ValueError(f"sources is a dictionary name -> model with at least one; got {sources!r:.80}")
-    if bad := [k for k in sources if not isinstance(k, str) or k=='the base']: raise ValueError(f"sources are named by strings, e.g. 'sq-AL'; got {bad[0]!r}")
-    if head not in head_policies: raise ValueError(f"head is one of {', '.join(head_policies)}; got {head!r}")
-    if base is None and (t.needs_base and t.coefficients is None or head=='base'): raise ValueError(f"{method} with head={head!r} needs a base; got None")
     all_weights = check_weights(sources, weights, t.default, t.negative)
     w = all_weights[all_weights!=0].sort_index()
     hp = check_hyperparameters(method, {**hp, **({} if t.deterministic else {'seed':seed})}, len(w))
     opened,first = {k:open_checkpoint(v) for k,v in sources.items()},_heaviest(w)
     floats,used = check_tensors(opened),{k:opened[k] for k in w.index}
-    p = SimpleNamespace(method=method, hp=hp, head=head, all_weights=all_weights, weights=w, first=first, opened=opened, sources=used,
-        base=None, base_file=None, max_elements=max_elements if t.elementwise else None, warnings=[])
+    p = SimpleNamespace(method=method, hp=hp, head=head, all_weights=all_weights, weights=w, first=first, opened=opened,
+        sources=used, base=None, base_file=None, max_elements=max_elements if t.elementwise else None, warnings=[])
     heads = set(head_keys(floats))
     if base is not None:
         p.base_file,p.base,drawn,p.warnings = _open_base(base, first, used[first], floats)
         heads |= drawn
-        if head=='base' and (lack := heads-set(p.base)): raise TensorNamesError(f"head='base', but the base has no {sorted(lack)[0]!r}; "
-            f"choose head='average' or 'best', or give the base a head: match_base(base, {first})")
+        if head=='base' and (lack := heads-set(p.base)): raise TensorNamesError(f"head='base', but the base has no "
+            f"{min(lack)!r}; choose head='average' or 'best', or give the base a head: match_base(base, {first})")
     p.heads,p.body,p.others = sorted(heads),[k for k in floats if k not in heads],sorted(set(used[first])-set(floats))
     models = {**sources, **({'the base':base} if head=='base' else {})}
     p.labels,p.order,say = _align_labels(models, first, p.heads, allow_generic)
@@ -252,14 +285,16 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
 def _linear_blocks(plan, coefs):
     terms = [(m,c) for m,c in zip(plan.sources.values(), coefs) if c]
     if abs(rest := 1-math.fsum(coefs))>1e-12:
-        if plan.base is None: raise ValueError(f"the coefficients sum to {1-rest:.6g}, so {plan.method} needs a base; got None")
+        if plan.base is None:
+            raise ValueError(f"the coefficients sum to {1-rest:.6g}, so {plan.method} needs a base; got None")
         terms.append((plan.base, rest))
     for k in plan.body:
         for rows in row_blocks(plan.sources[plan.first].shape(k), plan.max_elements):
             t = None
-            for m,c in terms: t = m.read(k, rows).double().mul_(c) if t is None else t.add_(m.read(k, rows).double(), alpha=c)
-            if not math.isfinite(t.sum()):
-                for name,m in plan.sources.items(): check_finite(m.read(k, rows), f'{k} of {name}', first=rows.start if rows else 0)
+            for m,c in terms:
+                o = m.read(k, rows).double()
+                t = o.mul_(c) if t is None else t.add_(o, alpha=c)
+            if not math.isfinite(t.sum()): check_values({'the base':plan.base, **plan.sources}, k, rows)
             yield k,rows,t
 
 def _coefficients(plan):
@@ -274,7 +309,8 @@ def _method_blocks(plan):
     given = t.prepare(scan, list(plan.sources), w, **plan.hp) if t.prepare else lambda block: {}
     for block,b,taus in scan():
         out = fn(b, taus, w.to(taus.dtype), **plan.hp, **given(block))
-        if out.shape!=b.shape: raise ValueError(f"{plan.method} made {list(out.shape)} of {block.key!r}, which is {list(b.shape)}")
+        if out.shape!=b.shape:
+            raise ValueError(f"{plan.method} made {list(out.shape)} of {block.key!r}, which is {list(b.shape)}")
         yield block.key,block.rows,out
 
 # %% ../nbs/20_merge.ipynb #f0b10bc7
@@ -282,12 +318,18 @@ def _merged(plan):
     "Yield (name, rows, values in the type of the result) until every tensor of the sources is complete"
     coefs = _coefficients(plan)
     body = _method_blocks(plan) if coefs is None else _linear_blocks(plan, coefs)
-    parts = [body, ((k,None,_head_tensor(plan, k)) for k in plan.heads), ((k,None,plan.opened[plan.first].read(k)) for k in plan.others)]
-    for part in parts:
-        for k,rows,t in part:
-            t = t.to(plan.dtypes[k])
-            if t.is_floating_point() and not math.isfinite(t.sum(dtype=torch.float32)): check_finite(t, f'{k} merged by {plan.method}')
-            yield k,rows,t
+    heads = ((k,None,_head_tensor(plan, k)) for k in plan.heads)
+    others = ((k,None,plan.opened[plan.first].read(k)) for k in plan.others)
+    for k,rows,t in itertools.chain(body, heads, others):
+        t = t.to(plan.dtypes[k])
+        if t.is_floating_point() and not math.isfinite(t.sum(dtype=torch.float32)): _blame(plan, k, rows, t)
+        yield k,rows,t
+
+def _blame(plan, k, rows, t):
+    "Name the model, or the method, that made a value which is not a number"
+    base = {'the base':plan.base} if plan.base is not None and k in plan.base else {}
+    check_values({**base, **plan.sources}, k, rows)
+    check_finite(t, f'{k} merged by {plan.method} as {t.dtype}')
 
 # %% ../nbs/20_merge.ipynb #6e57b418
 def merge_state_dicts(
@@ -309,22 +351,23 @@ def merge_state_dicts(
         for k,rows,t in _merged(plan): out[k][... if rows is None else rows] = t
     return out
 
-def _threads(plan):
-    from contextlib import nullcontext
-    return nullcontext() if plan.max_elements is None else one_thread()
+def _threads(plan): return nullcontext() if plan.max_elements is None else one_thread()
 
-# %% ../nbs/20_merge.ipynb #17873bcf
+# %% ../nbs/20_merge.ipynb #1b61f656
+def _path(o): return str(o) if isinstance(o, (str,Path)) else None
+def _names(dtypes): return sorted({str(o).removeprefix('torch.') for o in dtypes})
+
 def _record(plan, base, sources):
     coefs = _coefficients(plan)
-    coefs = None if coefs is None else {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
+    if coefs is not None: coefs = {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
     share = plan.weights/plan.weights.abs().sum()
-    return dict(format=1, method=plan.method, hyperparameters=plan.hp, coefficients=coefs,
-        base=None if base is None else dict(path=str(base) if isinstance(base, (str,Path)) else None, digest=plan.base_file.digest()),
-        sources=[dict(name=k, path=str(v) if isinstance(v, (str,Path)) else None, digest=plan.opened[k].digest(),
-            weight=plan.all_weights[k], share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()],
+    rows = [dict(name=k, path=_path(v), digest=plan.opened[k].digest(), weight=plan.all_weights[k],
+        share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
+    return dict(format=1, method=plan.method, hyperparameters=plan.hp, coefficients=coefs, sources=rows,
+        base=base and dict(path=_path(base), digest=plan.base_file.digest()),
         head=dict(policy=plan.head, keys=plan.heads, source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
-        labels=plan.labels, aligned=sorted(plan.order), dtypes=sorted({str(o).removeprefix('torch.') for o in plan.dtypes.values()}),
-        versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()), warnings=plan.warnings)
+        labels=plan.labels, aligned=sorted(plan.order), dtypes=_names(plan.dtypes.values()), warnings=plan.warnings,
+        versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
 
 # %% ../nbs/20_merge.ipynb #c875aa47
 @dataclass
@@ -336,7 +379,8 @@ class MergeReport:
     head:str # Head policy
     warnings:list = field(default_factory=list) # Sentences a reader should see
     def __repr__(self):
-        lines = [f"{self.record['method']} of {sum(o['used'] for o in self.record['sources'])} sources, head {self.head}"]
+        n = sum(o['used'] for o in self.record['sources'])
+        lines = [f"{self.record['method']} of {n} source{'s'*(n>1)}, head {self.head}"]
         return '\n'.join(lines + [f"warning: {o}" for o in self.warnings])
 
 # %% ../nbs/20_merge.ipynb #4d4b7c81
@@ -344,15 +388,16 @@ def _check_out(out, base, sources):
     for name,p in {'the base':base, **sources}.items():
         if not isinstance(p, (str,Path)): continue
         p,o = Path(p).resolve(),Path(out).resolve()
-        if o==p or o in p.parents or p in o.parents: raise FileExistsError(f"the result would be written to {out}, over or "
-            f"inside {name} ({p}); choose another folder")
+        if o==p or o in p.parents or p in o.parents:
+            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
 
 def _check_tokenizers(plan, models):
     "Compare the tokenizers of the models that have one, and name those that have none"
     folders = {k:f for k,v in models.items() if (f := _folder(v))}
-    have = {k:f for k,f in folders.items() if any(f.glob('tokenizer*')) or any(f.glob('*.model')) or any(f.glob('vocab*'))}
+    have = {k:f for k,f in folders.items() if any(any(f.glob(o)) for o in ('tokenizer*','*.model','vocab*'))}
     if len(have)>1: check_tokenizer(*have.values())
-    if lack := sorted(set(folders)-set(have)): plan.warnings.append(f"no tokenizer in the folder of {', '.join(lack)}, so it was not compared")
+    lack = sorted(set(folders)-set(have))
+    if lack: plan.warnings.append(f"no tokenizer in the folder of {', '.join(lack)}, so it was not compared")
 
 def _copy_files(plan, sources, out):
     "Configuration and tokenizer of the first source, with the type of the result"
@@ -360,9 +405,9 @@ def _copy_files(plan, sources, out):
         return plan.warnings.append(f"no config.json beside {plan.first}: only the weights were written")
     copy_model_files(folder, out)
     config = load_json(out/'config.json')
-    floats = {str(o).removeprefix('torch.') for o in plan.dtypes.values() if o.is_floating_point}
+    floats = _names(o for o in plan.dtypes.values() if o.is_floating_point)
     for k in ('dtype','torch_dtype'):
-        if k in config and len(floats)==1: config[k] = min(floats)
+        if k in config and len(floats)==1: config[k] = floats[0]
     (out/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
 
 # %% ../nbs/20_merge.ipynb #471c3128
@@ -381,6 +426,7 @@ def merge(
     **hp, # Hyperparameters of the method
 )->MergeReport:
     "Merge checkpoints into a new model folder, block by block"
+    _check_arguments(base, sources, method, head)
     _check_out(out, base, sources)
     with atomic_dir(out, replace) as d:
         plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp)

@@ -9,9 +9,10 @@ __all__ = ['Kth', 'kth_magnitude', 'kept', 'trim', 'elect', 'disjoint', 'ties']
 
 # %% ../nbs/22_sparse.ipynb #f925a312
 """Most of a task vector is small, and where sources disagree in sign their mean is small too.
-[TIES](https://arxiv.org/abs/2306.01708) answers both: `trim` keeps the largest `density` of each task vector, `elect` chooses a
-sign for every value, and `disjoint` combines the entries that have it. The paper ranks values over the whole model. `merge` does
-the same without holding one: `kth_magnitude` finds the threshold in two passes over the files, exactly, ties included."""
+[TIES](https://arxiv.org/abs/2306.01708) answers both: `trim` keeps the largest `density` of each task vector,
+`elect` chooses a sign for every value, and `disjoint` combines the entries that have it. The paper ranks values
+over the whole model. `merge` does the same without holding one: `kth_magnitude` finds the threshold in two
+passes over the files, exactly, ties included."""
 
 # %% ../nbs/22_sparse.ipynb #10a6282a
 import math
@@ -87,13 +88,16 @@ def trim(
     if threshold is None and flat.numel():
         k = kth_magnitude(lambda: [flat], count, len(flat), flat.dtype)
         threshold = k.value.to(flat.device)
-        if trim_rule=='exact': limit = torch.stack([(o.abs()==v).nonzero()[i-1,0]+1 for o,v,i in zip(flat, threshold, k.left)])
+        if trim_rule=='exact':
+            limit = torch.stack([(o.abs()==v).nonzero()[i-1,0]+1 for o,v,i in zip(flat, threshold, k.left)])
     if threshold is None: return taus.clone()
     size = flat.abs()
     if limit is not None: # Where no equal entry is kept, the next larger number is the threshold
         first = threshold
         threshold = torch.where(limit>0, first, torch.nextafter(first, torch.full_like(first, math.inf)))
-        for i in ((limit>0)&(limit<flat.shape[1])).nonzero()[:,0]: size[i,limit[i]:].masked_fill_(size[i,limit[i]:]==first[i], -1)
+        for i in ((limit>0)&(limit<flat.shape[1])).nonzero()[:,0]:
+            rest = size[i,limit[i]:]
+            rest.masked_fill_(rest==first[i], -1)
     return (flat*(size>=threshold[:,None])).view_as(taus)
 
 # %% ../nbs/22_sparse.ipynb #12fb5c36
@@ -105,7 +109,7 @@ def elect(
 )->Tensor: # −1, 0 or 1, (*shape)
     "The sign of the weighted sum of `taus`"
     _one_of(zero=(zero,('drop','official')))
-    if (weights==weights[0]).all(): weights = torch.ones_like(weights) # So that equal and opposite values cancel exactly
+    if (weights==weights[0]).all(): weights = torch.ones_like(weights) # So that opposite values cancel exactly
     s = torch.zeros(taus.shape[1:], dtype=torch.float64, device=taus.device)
     for w,tau in zip(weights, taus): s += (w*tau).double()
     s.sign_()
@@ -129,7 +133,7 @@ def disjoint(
     return total/share.masked_fill_(share==0, 1)
 
 # %% ../nbs/22_sparse.ipynb #cf3124fd
-_Cut = namedtuple('_Cut', 'value limits majority') # limits: one per source, (position of the tensor in `scan.keys`, index in it) or None
+_Cut = namedtuple('_Cut', 'value limits majority') # limits: for each source (place of the tensor in `scan.keys`, index) or None
 
 def _limits(scan, keys, k):
     "Where the last of the equal entries that are kept lies; None: all are kept"
@@ -156,12 +160,17 @@ def _given(cut, scan, block):
 # %% ../nbs/22_sparse.ipynb #ceda3a6a
 def _measure(scan, keys, weights, density, trim_rule, zero):
     n = len(weights)
-    dt = torch.float64 if any(m.dtype(k)==torch.float64 for m in (scan.base,*scan.sources.values()) for k in keys) else torch.float32
+    types = {m.dtype(k) for m in (scan.base,*scan.sources.values()) for k in keys}
+    dt = torch.float64 if torch.float64 in types else torch.float32
     count = kept(scan.size(keys), density, trim_rule)
-    k = kth_magnitude(lambda: (t.reshape(n, -1) for _,_,t in scan(keys)), count, n, dt) if count else Kth(*torch.zeros(3, n))
+    rows = lambda: (t.reshape(n, -1) for _,_,t in scan(keys))
+    k = kth_magnitude(rows, count, n, dt) if count else Kth(*torch.zeros(3, n))
     cut = _Cut(k.value, _limits(scan, keys, k) if trim_rule=='exact' else [None]*n, None)
     if zero!='official': return cut
-    signs = sum(elect(trim(t, **{o:v for o,v in _given(cut, scan, b).items() if o!='majority'}), weights.to(t.dtype)).sum() for b,_,t in scan(keys))
+    signs = 0
+    for block,_,taus in scan(keys):
+        o = _given(cut, scan, block)
+        signs += elect(trim(taus, threshold=o['threshold'], limit=o.get('limit')), weights.to(taus.dtype)).sum()
     return cut._replace(majority=signs)
 
 def _prepare(scan, names, weights, density, trim_rule, scope, zero, **hp):
