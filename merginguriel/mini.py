@@ -29,7 +29,8 @@ def mini_path(
     folder:str|Path|None=None, # A folder with another mini base; None: the one shipped with the package
 )->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of the mini base"
-    path = Path(folder) if folder else Path(__file__).parent/'assets'/'mini'
+    import merginguriel
+    path = Path(folder) if folder else Path(merginguriel.__file__).parent/'assets'/'mini'
     missing = [o for o in ('config.json','model.safetensors','tokenizer.json') if not (path/o).is_file()]
     if missing: raise MissingDataError(f"the mini base in {path} lacks {missing}; install the package with its assets "
         "(`pip install merginguriel`), or rebuild them with `train_mini` on parallel text")
@@ -81,7 +82,7 @@ def parallel_corpus(
 
 # %% ../nbs/41_mini.ipynb #dc50ef6d
 def svd_vectors(
-    corpus:Corpus,
+    corpus:Corpus, # Tokenised parallel sentences
     rank:int, # Values of each vector; less than sentences and subwords
     seed:int=0, # Seed of the randomised decomposition
 )->tuple[np.ndarray,np.ndarray]: # Word vectors (vocab, rank); sentence vectors (sentences, rank), of length one
@@ -123,7 +124,7 @@ def _decay(opt, step, steps, warmup=30):
 
 # %% ../nbs/41_mini.ipynb #8dc356fd
 def bag(
-    corpus:Corpus,
+    corpus:Corpus, # Tokenised parallel sentences
     vectors, # Word vectors, a tensor (vocab, width)
     rows:np.ndarray, # Utterances, by their number in the corpus
     drop:float=0., # Share of subwords left out at random
@@ -141,7 +142,7 @@ def bag(
 
 # %% ../nbs/41_mini.ipynb #2ff08e7f
 def train_vectors(
-    corpus:Corpus,
+    corpus:Corpus, # Tokenised parallel sentences
     words:np.ndarray, # Word vectors to start from (vocab, width)
     sentences:np.ndarray, # Sentence vectors to start from (sentences, width)
     steps:int=600, # Optimiser steps
@@ -230,7 +231,7 @@ def _inputs(corpus, rows, drop=0., rng=None, max_tokens=40):
 
 def encode(
     model, # An `XLMRobertaModel`
-    corpus:Corpus,
+    corpus:Corpus, # Tokenised parallel sentences
     rows:np.ndarray, # Utterances, by their number in the corpus
     drop:float=0., # Share of subwords hidden at random
     rng=None, # Generator of what is hidden
@@ -246,9 +247,9 @@ def encode(
 # %% ../nbs/41_mini.ipynb #b86361c1
 def train_encoder(
     model, # An `XLMRobertaModel`, changed in place
-    corpus:Corpus,
+    corpus:Corpus, # Tokenised parallel sentences
     sentences:np.ndarray, # Sentence vectors (sentences, width-2)
-    steps:int=300, # Optimiser steps
+    steps:int=100, # Optimiser steps
     n_sentences:int=256, # Sentences in a step
     n_locales:int=2, # Locales of each sentence in a step
     lr:float=5e-4, # Peak learning rate of the encoder (AdamW)
@@ -280,7 +281,7 @@ def train_encoder(
     return losses
 
 # %% ../nbs/41_mini.ipynb #4cbd0cc2
-finetune_options = dict(lr=1e-3, head_lr=2e-3, embedding_lr=0., anchor=0., epochs=5, batch_size=64, warmup=.1, dropout=.1,
+finetune_options = dict(lr=1e-3, head_lr=2e-3, embedding_lr=0., anchor=0., epochs=5, batch_size=64, warmup=.1, dropout=.02,
     label_smoothing=0., max_length=64)
 
 def save_mini(
@@ -305,6 +306,7 @@ def save_mini(
         (tmp/'tokenizer_config.json').write_text(json.dumps(tc, indent=1))
         (tmp/'tokenizer.json').write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(',',':')),
             encoding='utf-8')
+        (tmp/'model.safetensors').chmod(0o644) # safetensors writes files that only the owner may read
         mb = sum(o.stat().st_size for o in tmp.iterdir())/1e6
         if mb>max_mb: raise ValueError(f"the folder would have {mb:.1f} MB, more than max_mb={max_mb}; use a smaller "
             "vocab_size or width")
@@ -335,7 +337,7 @@ def train_mini(
     width:int=192, # Values of a vector, a multiple of 4
     sample:int=3, # The tokenizer is trained on every `sample`-th sentence
     vector_steps:int=600, # Steps of `train_vectors`
-    encoder_steps:int=300, # Steps of `train_encoder`
+    encoder_steps:int=100, # Steps of `train_encoder`
     n_sentences:int=512, # Sentences in a step of `train_vectors`; half of it in `train_encoder`
     work:str|Path|None=None, # Folder for finished stages, to resume from; None: keep nothing
     options:dict=finetune_options, # Fine-tuning options to recommend in config.json
