@@ -147,13 +147,21 @@ def _differences(A, B):
     d = A.sum(0,dtype=np.int64)*len(B) - B.sum(0,dtype=np.int64)*len(A)
     return d,len(A)*len(B)
 
-# %% ../nbs/44_significance.ipynb #cfcfbf45
+# %% ../nbs/44_significance.ipynb #9e1ae63b
+def _totals(d, groups):
+    "Sum of the differences and number of items of each group, (groups, 2)"
+    at = np.unique(np.asarray(groups), return_inverse=True)[1]
+    t = np.zeros((at.max()+1, 2), dtype=np.int64)
+    np.add.at(t, at, np.stack([d, np.ones_like(d)], 1))
+    return t
+
 def paired_bootstrap(
     a, # As for `mcnemar`, or several runs: array (runs, items) or a list with one Series or Predictions per run
     b, # The same items; the number of runs may differ
     n:int=10000, # Resamples, at least 100
     seed:int=0, # Seed of the resampling
     level:float=.95, # Coverage of the interval, in (0, 1)
+    groups=None, # Group of each item, (items,), e.g. the template it came from; groups are resampled whole. None: items
 )->Bootstrap: # Difference, interval and p-value
     "Interval and p-value of the difference between `a` and `b`, resampling items with all their runs"
     if n<100: raise ValueError(f"n is a number of resamples, at least 100; got {n}")
@@ -198,12 +206,12 @@ def benjamini_hochberg(
     return _like(np.minimum.accumulate(q[::-1])[::-1], o, p)
 
 # %% ../nbs/44_significance.ipynb #43fc9ed8
-def _row(a, b, n, seed, level):
+def _row(a, b, n, seed, level, groups):
     A,B,_ = paired_runs(a, b)
-    r = paired_bootstrap(A, B, n=n, seed=seed, level=level)
+    r = paired_bootstrap(A, B, n=n, seed=seed, level=level, groups=groups)
     d,unit = _differences(A, B)
     disc = float(((d/unit)**2).mean())
-    p = mcnemar(A[0], B[0]).p if len(A)==len(B)==1 else r.p
+    p = mcnemar(A[0], B[0]).p if len(A)==len(B)==1 and groups is None else r.p
     try: mde = minimum_detectable_effect(r.n, disc, alpha=1-level) if disc else np.nan
     except ValueError: mde = np.nan # too few discordant items for any difference
     return dict(n=r.n, diff=r.diff, low=r.low, high=r.high, discordance=disc, detectable=mde, p=p)
@@ -215,11 +223,12 @@ def compare(
     level:float=.95, # Coverage of the intervals; verdicts are at 1 - level
     n:int=10000, # Resamples
     seed:int=0, # Seed of the resampling
+    groups:dict|None=None, # Locale -> group of each item, as for `paired_bootstrap`; None: items are independent
 )->pd.DataFrame: # One row per locale: n, diff, low, high, discordance, detectable, p, holm, bh, verdict
     "Paired comparison of `a` with `b` in every locale, corrected over locales"
     if not a or set(a)!=set(b):
         raise ValueError(f"both sides need the same locales; only in one: {sorted(set(a)^set(b))}")
-    df = pd.DataFrame({k: _row(v, b[k], n, seed, level) for k,v in a.items()}).T.rename_axis('locale')
+    df = pd.DataFrame({k: _row(v, b[k], n, seed, level, (groups or {}).get(k)) for k,v in a.items()}).T.rename_axis('locale')
     df = df.assign(n=df.n.astype(int), holm=holm(df.p), bh=benjamini_hochberg(df.p))
     sure = df.holm<=1-level
     words = np.where(df['diff']>0, 'better', 'worse')
