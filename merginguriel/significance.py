@@ -168,11 +168,14 @@ def paired_bootstrap(
     if not 0<level<1: raise ValueError(f"level is the coverage of the interval, in (0, 1); got {level}")
     A,B,_ = paired_runs(a, b)
     d,unit = _differences(A, B)
-    kinds,counts = np.unique(d, return_counts=True)
+    if groups is not None and len(groups)!=len(d):
+        raise ValueError(f"{len(groups)} groups for {len(d)} items; give each item one")
+    rows = np.stack([d, np.ones_like(d)], 1) if groups is None else _totals(d, groups)
+    kinds,counts = np.unique(rows, axis=0, return_counts=True)
     rng,block = np.random.default_rng(seed),max(1, 2**20//len(kinds)) # at most 8 MiB of counts at a time
-    draw = lambda k: rng.multinomial(len(d), counts/len(d), size=k)@kinds
-    sums = np.concatenate([draw(min(block, n-i)) for i in range(0, n, block)])
-    low,high = np.quantile(sums, [(1-level)/2,(1+level)/2])/(len(d)*unit)
+    chance,sizes = counts/len(rows),[min(block, n-i) for i in range(0, n, block)]
+    sums,items = np.concatenate([rng.multinomial(len(rows), chance, size=k)@kinds for k in sizes]).T
+    low,high = np.quantile(sums/(items*unit), [(1-level)/2,(1+level)/2])
     p = min(1., 2*(1+min((sums<=0).sum(), (sums>=0).sum()))/(n+1))
     return Bootstrap(float(d.sum()/(len(d)*unit)), float(low), float(high), float(p), len(d), level)
 
