@@ -337,6 +337,16 @@ def gains(
     return df.assign(method=[m for m,_ in pairs], baseline=[b for _,b in pairs]).reset_index(drop=True)[
         'method baseline gain low high p holm verdict discordance detectable n'.split()]
 
+# %% ../nbs/51_experiment.ipynb #8e6b8d66
+@patch
+def nxn(self:Result,
+    out='runs', # Folder that keeps predictions
+    device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+)->pd.DataFrame: # Accuracy in [0, 1], (source × target)
+    "Dev accuracy of every model of this result on every locale that took part"
+    data = {o:self.experiment.dataset_of(o,'dev') for o in self.models}
+    return nxn(self.models, data, Path(out)/'predictions', device=device)
+
 # %% ../nbs/51_experiment.ipynb #c254e226
 def _phrase(row, what):
     pts,(lo,hi) = 100*row.gain,(100*row.low,100*row.high)
