@@ -174,22 +174,38 @@ def _find(path, allow_pickle):
 # %% ../nbs/10_checkpoint.ipynb #7efc2e38
 class Checkpoint:
     "Named tensors that stay where they are until `read`"
-    def __init__(self, path, entries, metadata=None):
+    def __init__(self,
+        path, # Where the tensors are; None: in memory
+        entries:dict, # name -> `Entry`
+        metadata:dict|None=None, # Strings of the header
+    ):
         self.path,self.metadata,self._entries = path,dict(metadata or {}),dict(sorted(entries.items()))
     def __repr__(self): return f"Checkpoint({len(self)} tensors, {self.nbytes:,} bytes)"
     def __len__(self): return len(self._entries)
     def __iter__(self): return iter(self._entries)
     def __contains__(self, k): return k in self._entries
-    def keys(self): return list(self._entries)
+    def keys(self)->list[str]:
+        "Names of the tensors, sorted"
+        return list(self._entries)
     @property
-    def nbytes(self): return sum(map(_nbytes, self._entries.values()))
+    def nbytes(self)->int:
+        "Bytes of all values"
+        return sum(map(_nbytes, self._entries.values()))
     def _entry(self, k):
         if k in self._entries: return self._entries[k]
         near = difflib.get_close_matches(str(k), self._entries, n=3, cutoff=.4)
         has = f'close are {near}' if near else f'it has {self.keys()[:3]}'
         raise KeyError(f"no tensor {k!r} in {self.path or 'the dictionary'}; {has}")
-    def shape(self, k): return self._entry(k).shape
-    def dtype(self, k): return self._entry(k).dtype
+    def shape(self,
+        k:str, # A name among `keys()`
+    )->tuple:
+        "Shape of tensor `k`"
+        return self._entry(k).shape
+    def dtype(self,
+        k:str, # A name among `keys()`
+    )->torch.dtype:
+        "Type of the stored values of tensor `k`"
+        return self._entry(k).dtype
 
 # %% ../nbs/10_checkpoint.ipynb #61c0dcea
 def open_checkpoint(
