@@ -14,8 +14,8 @@ it mergeable is the start: every locale leaves from the same encoder *and* the s
 makes it honest is the end: the epoch with the best dev accuracy is kept, the earliest among equals, and the folder carries a
 record of everything that went in. A run that was killed goes on from its last finished epoch and ends with the same bytes."""
 
-# %% ../nbs/42_train.ipynb #fe300782
-import json,math,os,platform,shutil,time
+# %% ../nbs/42_train.ipynb #8c200242
+import json,math,os,pickle,platform,shutil,time
 from dataclasses import asdict,dataclass,fields,replace
 from pathlib import Path
 import numpy as np
@@ -42,10 +42,15 @@ class TrainOptions:
     dropout:float|None=None # Dropout everywhere, in [0, 1); None: as the base is configured
     label_smoothing:float=0. # Probability spread evenly over the labels, in [0, 1)
     clip:float=1. # Largest norm of a gradient; longer ones are scaled down
-    patience:int=0 # Stop after this many epochs without a better dev accuracy; 0: never
+    patience:int=0 # Stop after this many epochs without a better dev accuracy; 0, or without a dev set: never
     max_length:int=64 # Tokens kept of a text, special ones included
 
     def __post_init__(self):
+        for f in fields(self):
+            v,whole = getattr(self, f.name),f.type is int
+            if v is None and f.default is None: continue
+            if isinstance(v, bool) or not isinstance(v, int if whole else (int,float)):
+                raise TypeError(f"{f.name} is a {'whole ' if whole else ''}number; got {v!r}")
         for k,ok in dict(epochs=self.epochs>=1, lr=self.lr>0, head_lr=(self.head_lr or 0)>=0, embedding_lr=(self.embedding_lr or 0)>=0,
             anchor=self.anchor>=0, batch_size=self.batch_size>=1, warmup=0<=self.warmup<1, dropout=0<=(self.dropout or 0)<1,
             label_smoothing=0<=self.label_smoothing<1, clip=self.clip>0, patience=self.patience>=0, max_length=self.max_length>=3).items():
@@ -58,24 +63,32 @@ def train_options(
 )->TrainOptions: # Complete options
     "The options with which `base` is fine-tuned"
     known = {f.name for f in fields(TrainOptions)}
-    if extra := set(options)-known: raise TypeError(f"finetune has no option {sorted(extra)[0]!r}; it takes {', '.join(sorted(known))}")
+    if extra := set(options)-known:
+        raise TypeError(f"finetune has no option {sorted(extra)[0]!r}; it takes {', '.join(sorted(known))}")
     own = load_json(Path(base)/'config.json').get('finetune', {})
-    if extra := set(own)-known: raise IncompatibleError(f"config.json of {base} recommends the unknown option {sorted(extra)[0]!r}; remove it")
+    if extra := set(own)-known:
+        raise IncompatibleError(f"config.json of {base} recommends the unknown option {sorted(extra)[0]!r}; remove it")
     return TrainOptions(**own|options)
 
 # %% ../nbs/42_train.ipynb #dbfe8233
 def _check_texts(data, what):
+    if missing := sorted({'text','label'}-set(data.column_names)):
+        raise ValueError(f"{what} has no column {missing[0]!r}; it has {data.column_names}")
+    if not hasattr(data.features['label'], 'names'):
+        raise ValueError(f"the labels of {what} have no names; make the column a ClassLabel, as load_intents does")
     names = label_names(data)
     if not len(data): raise ValueError(f"{what} is empty; give at least one labelled text")
     bad = [i for i,o in enumerate(data['text']) if not isinstance(o,str) or not o.strip()]
     if bad: raise ValueError(f"{len(bad)} texts of {what} are empty or no strings, the first in row {bad[0]}")
+    bad = [i for i,o in enumerate(data['label']) if o is None or not 0<=o<len(names)]
+    if bad: raise ValueError(f"{len(bad)} texts of {what} have no label, the first in row {bad[0]}; leave them out")
     return names
 
 def _check_data(data, dev):
     names = _check_texts(data, 'the training set')
     if dev is not None and (other:=_check_texts(dev, 'the dev set'))!=names:
-        raise IncompatibleError(f"training and dev set have different labels: {sorted(set(names)^set(other))[:5] or 'the same in another order'}; "
-            "load both from one source")
+        differ = sorted(set(names)^set(other))[:5] or 'the same in another order'
+        raise IncompatibleError(f"training and dev set have different labels: {differ}; load both from one source")
     return names
 
 # %% ../nbs/42_train.ipynb #588eb11a
@@ -120,7 +133,8 @@ def load_classifier(
     from transformers import AutoConfig,AutoModelForSequenceClassification,AutoTokenizer
     quiet_transformers()
     cfg = AutoConfig.from_pretrained(path)
-    for k in ('hidden_dropout_prob','attention_probs_dropout_prob','classifier_dropout','dropout','attention_dropout','seq_classif_dropout'):
+    for k in ('hidden_dropout_prob','attention_probs_dropout_prob','classifier_dropout','dropout','attention_dropout',
+            'seq_classif_dropout'):
         if dropout is not None and hasattr(cfg, k): setattr(cfg, k, dropout)
     return AutoModelForSequenceClassification.from_pretrained(path, config=cfg, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
 
@@ -191,8 +205,8 @@ def logits(
 
 # %% ../nbs/42_train.ipynb #0ea84c53
 def _identity(base, data, dev, seed, o, names, dtype):
-    return dict(base=open_checkpoint(base).digest(), data=data._fingerprint, n=len(data), dev=dev._fingerprint if dev is not None else None,
-        labels=names, seed=seed, dtype=dtype, options=asdict(o))
+    return dict(base=open_checkpoint(base).digest(), data=data._fingerprint, n=len(data),
+        dev=dev._fingerprint if dev is not None else None, labels=names, seed=seed, dtype=dtype, options=asdict(o))
 
 def training_record(
     path:str|Path, # Model folder that `finetune` wrote
@@ -204,10 +218,11 @@ def training_record(
 
 def _finished(out, key):
     "Whether `out` holds this very run"
-    if not out.exists() or not any(out.iterdir()): return False
-    done = load_json(out/'training_record.json').get('key') if (out/'training_record.json').exists() else None
-    if done!=key: raise FileExistsError(f"{out} holds {'another fine-tuning run' if done else 'something else'}; choose another folder, or remove it first")
-    return True
+    if not out.exists() or out.is_dir() and not any(out.iterdir()): return False
+    done = training_record(out).get('key') if (out/'training_record.json').is_file() else None
+    if done==key: return True
+    what = 'holds another fine-tuning run' if done else 'holds something else' if out.is_dir() else 'is a file'
+    raise FileExistsError(f"{out} {what}; choose another folder, or remove it first")
 
 # %% ../nbs/42_train.ipynb #87222d85
 def _save_state(path, **state):
@@ -216,10 +231,18 @@ def _save_state(path, **state):
 def _load_state(path, key):
     "The state of an interrupted run with this `key`, or None"
     if not path.exists(): return None
-    s = torch.load(path, map_location='cpu', weights_only=True)
-    return s if s['key']==key else None
+    try: s = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{path}, the state of an interrupted run, is damaged; remove it to start afresh") from e
+    if not isinstance(s, dict) or s.get('key')!=key or not {'model','opt','schedule','history','best'}<=s.keys():
+        raise CheckpointError(f"{path} is not a state of this run; remove it to start afresh")
+    return s
 
-# %% ../nbs/42_train.ipynb #8dcd4ad9
+# %% ../nbs/42_train.ipynb #65688d56
+def _accuracy(model, ids, dev, pad_id, device, amp):
+    if ids is None: return None
+    return float((logits(model, ids, pad_id, device=device, amp=amp).argmax(-1)==np.array(dev['label'])).mean())
+
 def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress):
     "Train, and return (best weights, history)"
     from tqdm.auto import tqdm
@@ -234,11 +257,11 @@ def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress)
         history,best = s['history'],s['best']
     with tqdm(total=n*o.epochs, initial=n*len(history), disable=not progress, unit='step', leave=False) as bar:
         for e in range(len(history), o.epochs):
-            if o.patience and len(history)-1-_best(history)>=o.patience: break
+            if o.patience and history and len(history)-1-_best(history)>=o.patience: break
             seed_everything(derive_seed(seed, 'epoch', e))
             batches = bucketed_batches(lengths, o.batch_size, derive_seed(seed, 'order', e))
             loss = _epoch(model, opt, schedule, batches, x, y, o, tok.pad_token_id, device, amp, origin, bar.update)
-            acc = None if dx is None else float((logits(model, dx, tok.pad_token_id, device=device, amp=amp).argmax(-1)==np.array(dev['label'])).mean())
+            acc = _accuracy(model, dx, dev, tok.pad_token_id, device, amp)
             history.append(dict(epoch=e+1, loss=loss, dev_accuracy=acc))
             bar.set_postfix(dev=acc)
             if _best(history)==e: best = {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
@@ -272,16 +295,19 @@ def finetune(
     o = train_options(start, **options)
     identity = _identity(start, dataset, dev, seed, o, names, dtype)
     key,began = config_hash(identity),time.time()
-    if _finished(out, key): return out
     state_file = out.parent/f'.{out.name}.{key}.state'
+    if _finished(out, key):
+        state_file.unlink(missing_ok=True)
+        return out
     seed_everything(seed)
     model,tok = load_classifier(start, o.dropout)
     best,history = _fit(model.to(device), tok, dataset, dev, o, seed, key, state_file, device, dtype=='bf16', progress)
     with atomic_dir(out) as d:
         copy_model_files(start, d)
-        save_checkpoint({k:v.contiguous() for k,v in best.items() if k in set(open_checkpoint(start).keys())}, d/'model.safetensors')
-        record = dict(key=key, **identity, best_epoch=_best(history)+1, history=history, seconds=round(time.time()-began,1), device=device,
-            versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
+        kept = set(open_checkpoint(start).keys())
+        save_checkpoint({k:v.contiguous() for k,v in best.items() if k in kept}, d/'model.safetensors')
+        record = dict(key=key, **identity, best_epoch=_best(history)+1, history=history, seconds=round(time.time()-began,1),
+            device=device, versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
         (d/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     state_file.unlink(missing_ok=True)
     return out
