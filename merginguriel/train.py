@@ -232,8 +232,8 @@ def _load_state(path, key):
     "The state of an interrupted run with this `key`, or None"
     if not path.exists(): return None
     try: s = torch.load(path, map_location='cpu', weights_only=True)
-    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"{path}, the state of an interrupted run, is damaged; remove it to start afresh") from e
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{path}, the state of an interrupted run, is damaged; remove it to start afresh ({e})") from e
     if not isinstance(s, dict) or s.get('key')!=key or not {'model','opt','schedule','history','best'}<=s.keys():
         raise CheckpointError(f"{path} is not a state of this run; remove it to start afresh")
     return s
