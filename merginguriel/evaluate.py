@@ -38,11 +38,15 @@ class Predictions:
 
     def __post_init__(self):
         if not len(self.labels)==len(self.ids)==len(self.logits)>0:
-            raise ValueError(f"logits, labels and ids have {len(self.logits)}, {len(self.labels)} and {len(self.ids)} items; give each item all three")
-        if not np.isfinite(self.logits).all(): raise ValueError("the logits hold NaN or Inf; the model is broken, merge or train it again")
+            sizes = f"{len(self.logits)}, {len(self.labels)} and {len(self.ids)}"
+            raise ValueError(f"logits, labels and ids have {sizes} items; give each item all three")
+        if not np.isfinite(self.logits).all():
+            raise ValueError("the logits hold NaN or Inf; the model is broken, merge or train it again")
 
     @property
-    def correct(self): return self.logits.argmax(-1)==self.labels
+    def correct(self):
+        "True where the largest logit is that of the true label, (n,)"
+        return self.logits.argmax(-1)==self.labels
 
 # %% ../nbs/43_evaluate.ipynb #ef1bee74
 def save_predictions(
@@ -50,7 +54,8 @@ def save_predictions(
     path:str|Path, # File to write, ending in .npz
 )->None:
     "Write `p` to `path`"
-    with atomic_write(path, 'wb') as f: np.savez(f, logits=p.logits, labels=p.labels, ids=p.ids, names=np.array(p.names, dtype=str))
+    with atomic_write(path, 'wb') as f:
+        np.savez(f, logits=p.logits, labels=p.labels, ids=p.ids, names=np.array(p.names, dtype=str))
 
 def load_predictions(
     path:str|Path, # File that `save_predictions` wrote
@@ -58,7 +63,8 @@ def load_predictions(
     "Read predictions back"
     import zipfile
     try:
-        with np.load(path, allow_pickle=False) as z: return Predictions(z['logits'], z['labels'], z['ids'], [str(o) for o in z['names']])
+        with np.load(path, allow_pickle=False) as z:
+            return Predictions(z['logits'], z['labels'], z['ids'], [str(o) for o in z['names']])
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
         raise CheckpointError(f"{path} does not hold predictions ({e}); remove it and predict again") from e
 
@@ -182,7 +188,8 @@ def nxn(
     "The accuracy of every model on every locale"
     from tqdm.auto import tqdm
     with tqdm(total=len(models)*len(datasets), disable=not progress, unit='cell', leave=False) as bar:
-        rows = {s: {t:accuracy(p).value for t,p in banked(m, datasets, bank, device, tick=lambda _: bar.update()).items()} for s,m in models.items()}
+        kept = {s:banked(m, datasets, bank, device, tick=lambda _: bar.update()) for s,m in models.items()}
+    rows = {s:{t:accuracy(p).value for t,p in v.items()} for s,v in kept.items()}
     m = pd.DataFrame.from_dict(rows, orient='index').rename_axis(index='source', columns='target')
     m.attrs = dict(split=split)
     return m

@@ -57,7 +57,7 @@ class Experiment:
     n_dev:int=0 # Dev utterances; 0: all
     n_test:int=0 # Test utterances; 0: all
     options:dict=field(default_factory=dict) # Options of `finetune` that differ from the base's own
-    legacy:tuple=() # Published quirks of selection to switch on, for comparison only
+    legacy:tuple=() # Published quirks to switch on, for comparison only: those of `select_sources`, and 'drop_heaviest'
     oracle:bool=False # Let ExcTar see what it may not, and stamp the result 'oracle'
 
 # %% ../nbs/51_experiment.ipynb #f360be2e
@@ -84,9 +84,9 @@ def _names(text): return tuple(o.strip() for o in text.split(',') if o.strip())
 def _calls(text, what):
     "`a, b(c=1)` as ('a', {'method':'b','c':1})"
     try:
-        nodes = getattr(ast.parse(text.strip(), mode='eval').body, 'elts', None) or [ast.parse(text.strip(), mode='eval').body]
-        return tuple(o.id if isinstance(o, ast.Name) else {'method':o.func.id} | {k.arg:ast.literal_eval(k.value) for k in o.keywords}
-            for o in nodes)
+        body = ast.parse(text.strip(), mode='eval').body
+        return tuple(o.id if isinstance(o, ast.Name) else
+            {'method':o.func.id} | {k.arg:ast.literal_eval(k.value) for k in o.keywords} for o in getattr(body, 'elts', [body]))
     except (SyntaxError,AttributeError,ValueError) as e:
         raise ValueError(f"{what} reads like 'linear, ties(density=.1)'; got {text!r}") from e
 
@@ -96,6 +96,7 @@ def experiments(
     world:str='', # 'toy': the toy data, base and locales in place of the ones given
     methods:str='linear, task_arithmetic, ties', # Methods, comma separated
     sources:str='', # Source locales, comma separated
+    legacy:str='', # Published quirks, comma separated
     candidates:str='', # Candidate locales, comma separated
     options:str='', # Options of `finetune`, e.g. 'epochs=3, lr=1e-3'
     **fields_, # Further fields of `Experiment`
@@ -105,7 +106,7 @@ def experiments(
     if world: fields_,candidates = fields_|dict(dataset='toy', base='toy', n_train=0, n_dev=0, n_test=0), ''
     opts = _calls(f'f({options})', 'options')[0]
     e = Experiment(methods=_calls(methods, 'methods'), sources=_names(sources), candidates=_names(candidates),
-        options={k:v for k,v in opts.items() if k!='method'}, **fields_)
+        legacy=_names(legacy), options={k:v for k,v in opts.items() if k!='method'}, **fields_)
     return [replace(e, seed=int(s)) for s in _names(seeds)]
 
 # %% ../nbs/51_experiment.ipynb #79c723c3
@@ -151,7 +152,10 @@ def _base_folder(name):
     return path if (path/'model.safetensors').exists() else toy_base(path)
 
 @patch
-def dataset_of(self:Experiment, locale, split, labels=None)->object: # `datasets.Dataset`
+def dataset_of(self:Experiment,
+    locale:str, # Locale of the texts
+    split:str, # 'train', 'dev' or 'test'
+)->object: # `datasets.Dataset`
     "The texts of one `locale` and `split` at the experiment's size; the same for every seed"
     d = load_intents(self.dataset, locale, split)
     n = dict(train=self.n_train, dev=self.n_dev, test=self.n_test)[split]
@@ -172,7 +176,8 @@ def train(self:Experiment,
 )->Path: # Model folder
     "The model of one `locale`: trained now, or found where an earlier run left it"
     base,data,dev = self.start(),self.dataset_of(locale,'train'),self.dataset_of(locale,'dev')
-    key = config_hash(dict(base=open_checkpoint(base).digest(), data=data._fingerprint, dev=dev._fingerprint, seed=self.seed, options=self.options))
+    key = config_hash(dict(base=open_checkpoint(base).digest(), data=data._fingerprint, dev=dev._fingerprint,
+        seed=self.seed, options=self.options))
     return finetune(base, data, Path(out)/'models'/f'{locale}-{key}', dev=dev, seed=self.seed, device=device,
         progress=progress, **self.options)
 
@@ -186,7 +191,8 @@ def similarity_matrix(self:Experiment,
     names = list(dict.fromkeys([*self.pool(), *self.sources, self.target]))
     if self.similarity=='uriel': return uriel_similarity(names)
     models = {o:self.train(o, out, progress) for o in names if o!=self.target}
-    return real_similarity(nxn(models, {self.target:self.dataset_of(self.target,'dev')}, Path(out)/'predictions', progress=progress))
+    dev = {self.target:self.dataset_of(self.target,'dev')}
+    return real_similarity(nxn(models, dev, Path(out)/'predictions', progress=progress))
 
 @patch
 def select(self:Experiment,
@@ -195,7 +201,18 @@ def select(self:Experiment,
     "The sources and their weights"
     names = list(self.sources or self.pool())
     return select_sources(self.target, similarity, len(self.sources) or self.k, self.include_target, self.target_weight,
-        self.weighting, candidates=names, legacy=self.legacy)
+        self.weighting, candidates=names, legacy=[o for o in self.legacy if o!='drop_heaviest'])
+
+# %% ../nbs/51_experiment.ipynb #b800485b
+@patch
+def merged_weights(self:Experiment,
+    weights:pd.Series, # From `select`, heaviest first
+)->pd.Series: # Name -> weight, sums to 1
+    "The weights that reach the merge: all of them, unless the published quirk is switched on"
+    if 'drop_heaviest' not in self.legacy: return weights
+    if len(weights)<2: raise ValueError("drop_heaviest leaves nothing of one source; take k=2 or more")
+    rest = weights.drop(weights.idxmax())
+    return rest/rest.sum()
 
 # %% ../nbs/51_experiment.ipynb #35df7ce1
 @patch
@@ -209,7 +226,8 @@ def merge_one(self:Experiment,
     name,hp = _method(method)
     if methods.traits(name).default=='ones': weights = weights*len(weights)
     start = self.start()
-    key = config_hash(dict(base=open_checkpoint(start).digest(), sources={k:open_checkpoint(v).digest() for k,v in models.items()},
+    digests = {k:open_checkpoint(v).digest() for k,v in models.items()}
+    key = config_hash(dict(base=open_checkpoint(start).digest(), sources=digests,
         weights=dict(weights), method=name, hp=check_hyperparameters(name, hp), head=self.head, seed=self.seed))
     path = Path(out)/'merged'/f'{self.target}-{name}-{key}'
     if not (path/'merge_record.json').exists():
@@ -236,7 +254,8 @@ def record(self:Result,
 )->str: # Hash under which the scores are found
     "Write every accuracy and weight of this result to `store`"
     o = dict(locale=self.experiment.target, split='test')
-    rows = [o|dict(name=k, metric='accuracy', value=a.value, n=a.n, low=a.low, high=a.high, correct=a.correct) for k,a in self.accuracies.items()]
+    rows = [o|dict(name=k, metric='accuracy', value=a.value, n=a.n, low=a.low, high=a.high, correct=a.correct)
+        for k,a in self.accuracies.items()]
     rows += [o|dict(name=f'source:{k}', metric='weight', value=float(w)) for k,w in self.weights.items()]
     return Store(store).record(self.experiment.config(), rows)
 
@@ -265,16 +284,21 @@ def run(
     sim = e.similarity_matrix(out, progress)
     weights = e.select(sim)
     contract = e.contract(list(weights.index))
+    used = e.merged_weights(weights)
     trained = list(dict.fromkeys([*weights.index, *e.candidates, e.target]))
     with tqdm(total=len(trained)+len(e.methods)+2, disable=not progress) as bar:
         def step(text): bar.set_description(text); bar.update()
         models = {}
-        for o in trained: models[o] = e.train(o, out, progress, device); step(f'fine-tuned {o}')
+        for o in trained:
+            models[o] = e.train(o, out, progress, device)
+            step(f'fine-tuned {o}')
         clock.append(time.time())
-        sources = {o:models[o] for o in weights.index}
+        sources = {o:models[o] for o in used.index}
         merged = {}
-        for m in e.methods: merged[method_label(m)] = e.merge_one(m, sources, weights, out); step(f'merged by {method_label(m)}')
-        uniform = e.merge_one('linear', sources, weights*0+1/len(weights), out); step('merged uniformly')
+        for m in e.methods:
+            merged[method_label(m)] = e.merge_one(m, sources, used, out)
+            step(f'merged by {method_label(m)}')
+        uniform = e.merge_one('linear', sources, used*0+1/len(used), out); step('merged uniformly')
         clock.append(time.time())
         others = {f'source:{o}':p for o,p in models.items() if o!=e.target}
         acc = e.test_models({'own':models[e.target], 'uniform':uniform, **merged, **others}, out, device); step('evaluated')
@@ -321,7 +345,8 @@ def score_table(
 def _same_recipe(results):
     if not results: raise ValueError("give at least one result")
     recipes = {config_hash(asdict(r.experiment) | dict(seed=0)) for r in results}
-    if len(recipes)>1: raise ValueError(f"results of {len(recipes)} different recipes; pool only runs that differ in their seed")
+    if len(recipes)>1:
+        raise ValueError(f"results of {len(recipes)} different recipes; pool only runs that differ in their seed")
 
 def gains(
     results:list, # Results of one recipe, one per seed
@@ -350,7 +375,8 @@ def nxn(self:Result,
 # %% ../nbs/51_experiment.ipynb #c254e226
 def _phrase(row, what):
     pts,(lo,hi) = 100*row.gain,(100*row.low,100*row.high)
-    words = {'better':f'{pts:.1f} points above', 'worse':f'{-pts:.1f} points below'}.get(row.verdict, f'not shown to differ ({pts:+.1f} points) from')
+    words = {'better':f'{pts:.1f} points above', 'worse':f'{-pts:.1f} points below',
+        'no difference shown':f'not shown to differ ({pts:+.1f} points) from'}[row.verdict]
     return f'{words} {what} [{lo:.1f}, {hi:.1f}]'
 
 def answer(
@@ -364,6 +390,8 @@ def answer(
     acc = np.mean([o.accuracies[m].value for o in results])
     c = r.contract
     touched = 'nothing of the target' if c['touched']==['none'] else ', '.join(c['touched']).replace('_',' ')
-    return (f"{r.experiment.target}, {c['mode']} ({c['stamp']}; touched: {touched}): {m} of {', '.join(r.weights.index)} scores {100*acc:.1f} %, "
+    return (f"{r.experiment.target}, {c['mode']} ({c['stamp']}; touched: {touched}): {m} of {', '.join(r.weights.index)} "
+        f"scores {100*acc:.1f} %, "
         f"{_phrase(row['best_zero_shot'], 'the best other model')}, {_phrase(row['uniform'], 'equal weights')} "
-        f"and {_phrase(row['own'], 'the model of the target itself')}; {len(results)} seed{'s' if len(results)>1 else ''}, {r.accuracies[m].n} test items.")
+        f"and {_phrase(row['own'], 'the model of the target itself')}; {len(results)} seed{'s' if len(results)>1 else ''}, "
+        f"{r.accuracies[m].n} test items.")

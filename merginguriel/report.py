@@ -37,11 +37,12 @@ def comparison(
     "Accuracies of every model, averaged over seeds, with intervals"
     from scipy.stats import binomtest
     if scores.accuracy.isna().any():
-        raise ValueError(f"{scores.name[scores.accuracy.isna()].iloc[0]} has no accuracy; evaluate it again, a missing score is not 0")
+        name = scores.name[scores.accuracy.isna()].iloc[0]
+        raise ValueError(f"{name} has no accuracy; evaluate it again, a missing score is not 0")
     g = scores.groupby(['name','kind'], sort=False)
-    df = g.agg(accuracy=('accuracy','mean'), seeds=('seed','nunique'), low_seed=('accuracy','min'), high_seed=('accuracy','max'), n=('n','first'))
+    df = g.agg(accuracy=('accuracy','mean'), seeds=('seed','nunique'), spread=('accuracy',np.ptp), n=('n','first'))
     ci = [binomtest(round(a*n), int(n)).proportion_ci(method='wilson') for a,n in zip(df.accuracy, df.n)]
-    df = df.assign(low=[c.low for c in ci], high=[c.high for c in ci], spread=df.high_seed-df.low_seed).reset_index('kind')
+    df = df.assign(low=[c.low for c in ci], high=[c.high for c in ci]).reset_index('kind')
     return df.sort_values('accuracy', ascending=False, kind='stable')['kind accuracy low high seeds spread n'.split()]
 
 # %% ../nbs/53_report.ipynb #09dfcb4f
@@ -59,10 +60,12 @@ def plot_gain(
         y = np.array([groups.index(b) for b in d.baseline]) + (i-(len(methods)-1)/2)*.7/len(methods)
         ax.hlines(y, 100*d.low, 100*d.high, color=method_colour(m))
         shown = (d.verdict!='no difference shown').to_numpy()
-        ax.scatter(100*d.gain, y, s=28, zorder=3, color=[method_colour(m) if s else 'white' for s in shown], edgecolor=method_colour(m), label=m)
+        fill = [method_colour(m) if s else 'white' for s in shown]
+        ax.scatter(100*d.gain, y, s=28, zorder=3, color=fill, edgecolor=method_colour(m), label=m)
     ax.axvline(0, color='k', lw=1.2)
     ax.set(yticks=range(len(groups)), yticklabels=groups, xlabel='gain in accuracy (points)')
-    for h in ax.legend(frameon=False, fontsize='small').legend_handles: h.set_facecolor(h.get_edgecolor())
+    legend = ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
+    for h in legend.legend_handles: h.set_facecolor(h.get_edgecolor())
     return ax
 
 # %% ../nbs/53_report.ipynb #a716e3b9
@@ -77,7 +80,8 @@ def plot_weights(
     w = weights.sort_values(kind='stable')
     bars = ax.barh(range(len(w)), w, color=['#0072b2' if o==target else '#9fbfd6' for o in w.index])
     ax.bar_label(bars, fmt='%.2f', padding=3, fontsize='small')
-    ax.set(yticks=range(len(w)), yticklabels=[f'{o} (target)' if o==target else o for o in w.index], xlabel='weight', xlim=(0, w.max()*1.15))
+    names = [f'{o} (target)' if o==target else o for o in w.index]
+    ax.set(yticks=range(len(w)), yticklabels=names, xlabel='weight', xlim=(0, w.max()*1.15))
     return ax
 
 # %% ../nbs/53_report.ipynb #4d43938b
@@ -91,10 +95,12 @@ def plot_nxn(
     if ax is None: ax = plt.subplots(figsize=(1.6+.32*m.shape[1], 1.2+.28*m.shape[0]))[1]
     ax.set_facecolor('#dddddd')
     im = ax.imshow(np.ma.masked_invalid(m), cmap='viridis', vmin=0, vmax=1, aspect='auto')
-    for i,j in zip(*np.nonzero(m.isna().to_numpy())): ax.add_patch(plt.Rectangle((j-.5,i-.5), 1, 1, fill=False, hatch='///', ec='#999999', lw=0))
+    for i,j in zip(*np.nonzero(m.isna().to_numpy())):
+        ax.add_patch(plt.Rectangle((j-.5,i-.5), 1, 1, fill=False, hatch='///', ec='#999999', lw=0))
     if m.size<=150:
         for i,j in zip(*np.nonzero(m.notna().to_numpy())):
-            ax.text(j, i, f'{100*m.iat[i,j]:.0f}', ha='center', va='center', fontsize=7, color='w' if m.iat[i,j]<.6 else 'k')
+            ax.text(j, i, f'{100*m.iat[i,j]:.0f}', ha='center', va='center', fontsize=7,
+                color='w' if m.iat[i,j]<.6 else 'k')
     ax.set(xticks=range(m.shape[1]), yticks=range(m.shape[0]), yticklabels=m.index, xlabel='test locale', ylabel='training locale')
     ax.set_xticklabels(m.columns, rotation=90)
     ax.figure.colorbar(im, ax=ax, label='accuracy')

@@ -39,7 +39,8 @@ def find_template(
         if not Path(name).is_file(): raise MissingDataError(f"there is no notebook {name}")
         return Path(name)
     known = templates()
-    if name not in known: raise ValueError(f"unknown template {name!r}; the templates are {', '.join(known)}, or give a path ending in .ipynb")
+    if name not in known:
+        raise ValueError(f"unknown template {name!r}; the templates are {', '.join(known)}, or give a path ending in .ipynb")
     return known[name]
 
 # %% ../nbs/52_runner.ipynb #ccd6f5f1
@@ -60,7 +61,8 @@ _types = dict(str=str, int=int, float=(int,float), bool=bool)
 
 def _unknown(k, known):
     near = difflib.get_close_matches(k, known, n=1)
-    return ValueError(f"unknown parameter {k!r};{f' did you mean {near[0]!r}?' if near else ''} this notebook has {', '.join(known)}")
+    hint = f' did you mean {near[0]!r}?' if near else ''
+    return ValueError(f"unknown parameter {k!r};{hint} this notebook has {', '.join(known)}")
 
 def _check_type(name, kind, v):
     if kind in _types and (not isinstance(v, _types[kind]) or (isinstance(v, bool) and kind!='bool')):
@@ -85,7 +87,7 @@ def check_namespace(
 )->None:
     "Raise if papermill injected a name that the parameters cell does not declare, or a value of another type"
     declared = namespace.get('__annotations__', {})
-    names = [k for k,v in namespace.items() if not k.startswith('_') and k not in _ipython and not isinstance(v, ModuleType) and not callable(v)]
+    names = [k for k,v in namespace.items() if not (k.startswith('_') or k in _ipython or isinstance(v, ModuleType) or callable(v))]
     unknown = [k for k in names if k not in declared]
     if unknown: raise _unknown(unknown[0], declared)
     for k in names: _check_type(k, getattr(declared[k], '__name__', str(declared[k])), namespace[k])
@@ -104,9 +106,11 @@ def run_template(
     if out is not None and 'out' in known: params['out'] = str(out)
     check_parameters(path, params)
     used = known|params
-    dest = Path(out or used.get('out') or 'runs')/('-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])+'.ipynb')
+    label = '-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])
+    dest = Path(out or used.get('out') or 'runs')/f'{label}.ipynb'
     dest.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python', progress_bar=progress)
+    try: papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
+        progress_bar=progress)
     except papermill.PapermillExecutionError as e:
         last = (str(e.evalue).strip().splitlines() or [''])[-1]
         raise MerginGurielError(f"{e.ename}: {last} (in cell {e.exec_count} of {dest}, which is executed up to there)") from e
