@@ -233,7 +233,7 @@ def _load_state(path, key):
     if not path.exists(): return None
     try: s = torch.load(path, map_location='cpu', weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, pickle.UnpicklingError) as e:
-        raise CheckpointError(f"{path}, the state of an interrupted run, is damaged; remove it to start afresh ({e})") from e
+        raise CheckpointError(f"{path}, the state of an interrupted run, is damaged; remove it to start afresh ({type(e).__name__})") from e
     if not isinstance(s, dict) or s.get('key')!=key or not {'model','opt','schedule','history','best'}<=s.keys():
         raise CheckpointError(f"{path} is not a state of this run; remove it to start afresh")
     return s
