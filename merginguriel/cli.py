@@ -284,21 +284,21 @@ def _similarity(kind, names, features, nxn):
 
 # %% ../nbs/59_cli.ipynb #53349736
 @command('select', lambda argv: declared('experiment.Experiment', 'target k include_target target_weight similarity weighting oracle')
-    + declared('selection.select_sources', 'temperature') + declared('similarity.uriel_similarity', 'features'))
+    + declared('selection.select_sources', 'temperature') + declared('selection.select_sources', 'legacy', optional=True)
+    + declared('similarity.uriel_similarity', 'features'))
 def select_command(
     nxn:str=None, # CSV file of `merginguriel nxn`, for similarity 'real'
     candidates:str='', # Locales that may be chosen, comma separated; without it, the study's 49, or all rows of the file
-    legacy:str='', # For comparison only, comma separated: row, sinkhorn, alphabetical
     **options, # Those of `Experiment` and `select_sources`
 ):
     "The sources for a target, their weights, and what was touched to choose them"
     from merginguriel.locales import check_locale,locales,study_locales
     from merginguriel.selection import check_contract,select_sources,touched_by
-    kind,features,oracle = (options.pop(o) for o in ('similarity','features','oracle'))
+    kind,features,oracle,legacy = (options.pop(o) for o in ('similarity','features','oracle','legacy'))
     target,inc,chosen = check_locale(options['target']),options['include_target'],_split(candidates)
     m = _similarity(kind, list(dict.fromkeys([*(chosen or study_locales), target])), features, nxn)
     check_contract(inc, touched_by(m), oracle, target)
-    w = select_sources(similarity=m, candidates=chosen or None, legacy=_split(legacy), **options)
+    w = select_sources(similarity=m, candidates=chosen or None, legacy=_split(legacy or ''), **options)
     c = check_contract(inc, touched_by(m), oracle, target, list(w.index))
     print(w.to_frame().assign(similarity=m[target], language=locales.language).round(4).to_string())
     print(f"{c['mode']}, {c['stamp']}; touched of {target}: {', '.join(c['touched'])}")

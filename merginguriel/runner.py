@@ -109,8 +109,10 @@ def run_template(
     label = '-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])
     dest = Path(out or used.get('out') or 'runs')/f'{label}.ipynb'
     dest.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
-        progress_bar=progress)
+    quiet = ['--IPKernelApp.log_level=ERROR'] # A kernel's remarks about its transport are no concern of the reader
+    try:
+        papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
+            progress_bar=progress, extra_arguments=quiet)
     except papermill.PapermillExecutionError as e:
         last = (str(e.evalue).strip().splitlines() or [''])[-1]
         raise MerginGurielError(f"{e.ename}: {last} (in cell {e.exec_count} of {dest}, which is executed up to there)") from e

@@ -1,0 +1,284 @@
+"""Every command runs on toy models, its help is the comments beside the parameters and loads nothing heavy, and what is wrong
+with what was typed is one line on stderr and exit code 2."""
+import importlib, inspect, json, os, re, subprocess, sys
+from pathlib import Path
+import pandas as pd, pytest
+from fastcore.docments import docments
+from merginguriel import __version__
+from merginguriel.cli import commands, main, parser
+from merginguriel.runner import template_parameters, templates
+from merginguriel.toy import toy_base, toy_sources
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'match-base', 'report']
+
+
+@pytest.fixture(scope='session')
+def toy(tmp_path_factory):
+    "A toy base and three toy classifiers"
+    out = tmp_path_factory.mktemp('toy')
+    toy_base(out/'base')
+    toy_sources(out/'models')
+    return out
+
+
+@pytest.fixture
+def here(toy, tmp_path, monkeypatch):
+    "An empty folder with the toy models in it, and a cache of its own"
+    for o in ('base', 'models'): (tmp_path/o).symlink_to(toy/o)
+    monkeypatch.setenv('MERGINGURIEL_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.delenv('MERGINGURIEL_TRACEBACK', raising=False)
+    monkeypatch.setenv('COLUMNS', '200')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def typed(text, capfd):
+    "Exit code, stdout and stderr of a command line"
+    code = main(text.split())
+    return code, *capfd.readouterr()
+
+
+def error(text, capfd):
+    "The one line on stderr of a command line that must fail"
+    code, out, err = typed(text, capfd)
+    assert code == 2 and err.count('\n') == 1 and err.startswith(f'merginguriel {text.split()[0]}: '), (code, out, err)
+    return err
+
+
+def program(*args, **env):
+    "The console script's own call, in another process"
+    code = 'import sys; from merginguriel.cli import main; sys.argv[0]="merginguriel"; sys.exit(main())'
+    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, timeout=120, env=os.environ|env)
+
+
+# ---- help
+
+def test_the_commands_are_those_that_exist(capfd):
+    assert list(commands) == LISTED
+    code, out, _ = typed('--help', capfd)
+    assert code == 0
+    assert [re.match(r' {2}(\S+) ', o)[1] for o in out.splitlines() if o.startswith('  ')] == LISTED
+    for f in commands.values(): assert f.__doc__ in out
+    assert main([]) == 2
+    assert typed('--version', capfd)[1].endswith(__version__+'\n')
+
+
+def squeezed(text): return ' '.join(text.split())
+
+@pytest.mark.parametrize('name', LISTED)
+def test_help_is_the_comments(name, capfd):
+    code, out, err = typed(f'{name} --help', capfd)
+    assert code == 0 and err == '' and '--traceback' in out
+    for k, o in docments(commands[name], full=True, returns=False).items():
+        if o.kind != inspect.Parameter.VAR_KEYWORD: assert o.docment and squeezed(o.docment) in squeezed(out), k
+
+
+BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_size warmup patience'), ('finetune', 'train.finetune', 'seed dtype'),
+    ('finetune', 'data.load_intents', 'locale'), ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
+    ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
+    ('merge', 'merge.merge', 'method head seed replace'), ('match-base', 'base_model.match_base', 'out seed new_head')]
+
+@pytest.mark.parametrize('name,place,params', BORROWED)
+def test_help_is_the_comments_of_the_function_that_does_the_work(name, place, params, capfd):
+    "As `docments` reads them from the imported function, with its types and defaults"
+    module, f = place.split('.')
+    docs = docments(getattr(importlib.import_module(f'merginguriel.{module}'), f), full=True, returns=False)
+    out = squeezed(typed(f'{name} --help', capfd)[1])
+    known = {a.dest: a for a in parser(name)._actions}
+    for k in params.split():
+        assert squeezed(docs[k].docment.replace('None:', 'not given:')) in out and f"--{k.replace('_', '-')}" in out
+        assert known[k].required == (docs[k].default is inspect.Parameter.empty)
+        if place != 'train.TrainOptions' and not known[k].required: assert known[k].default == docs[k].default
+        if docs[k].anno in (int, float): assert known[k].type == docs[k].anno
+
+
+@pytest.mark.parametrize('name', sorted(templates()))
+def test_help_of_a_template_is_its_parameters_cell(name, capfd):
+    out = squeezed(typed(f'run {name} --help', capfd)[1])
+    for k, (kind, default, comment) in template_parameters(name).items():
+        assert f"--{k.replace('_', '-')}" in out
+        if k != 'out': assert squeezed(comment) in out
+
+def test_run_help_lists_the_templates(capfd):
+    out = typed('run --help', capfd)[1]
+    assert 'Templates: '+', '.join(templates()) in out
+    assert [o.split()[0] for o in typed('templates', capfd)[1].splitlines()] == list(templates())
+
+
+def test_help_is_light():
+    "Nothing that takes seconds to import, for any command"
+    code = f"""
+import sys
+from merginguriel.cli import main
+for o in {LISTED!r} + ['run exctar']: assert main([*o.split(), '--help'])==0
+print(*[o for o in ('torch','transformers','datasets','pandas','scipy','sklearn','matplotlib','papermill') if o in sys.modules], file=sys.stderr)
+"""
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert r.returncode == 0 and r.stderr.strip() == '', r.stderr
+
+
+# ---- each command
+
+def test_finetune_evaluate_and_nxn(here, capfd):
+    code, out, _ = typed('finetune --locale sq-AL --out mine/sq-AL --base base --dataset toy --epochs 2 --lr .02', capfd)
+    record = json.loads((here/'mine/sq-AL/training_record.json').read_text())
+    assert code == 0 and (record['options']['epochs'], record['options']['lr'], record['options']['batch_size']) == (2, .02, 16)
+    assert f"dev accuracy {record['history'][record['best_epoch']-1]['dev_accuracy']:.4f} in epoch {record['best_epoch']} of 2" in out
+
+    code, out, _ = typed('evaluate mine/sq-AL --locale sq-AL --dataset toy --split dev', capfd)
+    value = float(re.fullmatch(r'sq-AL dev: accuracy (\S+) \[\S+, \S+\] \(n=48\)\n', out)[1])
+    assert code == 0 and value == pytest.approx(record['history'][record['best_epoch']-1]['dev_accuracy'], abs=1e-4)
+
+    assert typed('nxn sq-AL=mine/sq-AL,en-US=models/en-US --dataset toy --out nxn.csv --locales sq-AL,vi-VN --bank bank', capfd)[0] == 0
+    m = pd.read_csv('nxn.csv', index_col=0)
+    assert (m.index.name, list(m.index), list(m)) == ('source', ['sq-AL', 'en-US'], ['sq-AL', 'vi-VN'])
+    assert m.loc['sq-AL', 'sq-AL'] == pytest.approx(value, abs=1e-4)
+
+
+def test_finetune_on_the_shipped_base(here, capfd):
+    "`mini` is the default, with the options it recommends where none is given"
+    texts = [(f'{a} {b}', b) for b in ('lights', 'music') for a in 'please now my the'.split()]
+    for split in ('train', 'dev'):
+        Path('data').mkdir(exist_ok=True)
+        pd.DataFrame([(t, l) for t, l in texts], columns=['text', 'label']).to_csv(f'data/{split}.csv', index=False)
+    assert typed('finetune --locale cy-GB --out m --dataset data --epochs 1', capfd)[0] == 0
+    o = json.loads(Path('m/training_record.json').read_text())['options']
+    assert (o['epochs'], o['lr'], o['head_lr']) == (1, 1e-3, 2e-3)
+
+
+def write_nxn(split='dev'):
+    head = 'source' if split == 'dev' else f'source ({split})'
+    Path('nxn.csv').write_text(f'{head},sq-AL,en-US\nen-US,.6,.9\nsq-AL,.8,.5\nde-DE,.3,.7\nvi-VN,.1,.2\n')
+
+def weights(out): return {k: float(v) for k, v in re.findall(r'^(\w\w-\w\w) +([\d.]+) ', out, re.M)}
+
+def test_select(here, capfd):
+    code, out, _ = typed('select --target cy-GB --k 3 --candidates en-US,de-DE,fr-FR,ja-JP --weighting uniform', capfd)
+    assert code == 0 and weights(out) == {'de-DE': .3333, 'en-US': .3333, 'fr-FR': .3333} and 'ExcTar, zero-shot; touched of cy-GB: none' in out
+    write_nxn()
+    code, out, _ = typed('select --target sq-AL --k 2 --similarity real --nxn nxn.csv --include-target --target-weight .1', capfd)
+    assert code == 0 and weights(out) == {'en-US': .6, 'de-DE': .3, 'sq-AL': .1} # the target's column: .6 and .3
+    assert 'IncTar, supervised; touched of sq-AL: labelled_dev, target_model' in out
+
+def test_select_keeps_the_contract(here, capfd):
+    write_nxn()
+    assert 'ExcTar may not see labelled_dev' in error('select --target sq-AL --k 2 --similarity real --nxn nxn.csv', capfd)
+    write_nxn('test')
+    assert 'IncTar may not see labelled_test' in error('select --target sq-AL --k 2 --similarity real --nxn nxn.csv --include-target', capfd)
+    code, out, _ = typed('select --target sq-AL --k 2 --similarity real --nxn nxn.csv --oracle', capfd)
+    assert code == 0 and weights(out) == {'en-US': .6667, 'de-DE': .3333} and 'ExcTar, oracle; touched of sq-AL: labelled_test' in out
+
+def test_a_matrix_of_test_accuracies_says_so(here, capfd):
+    assert typed('nxn models --dataset toy --out nxn.csv --locales sq-AL --split test --bank bank', capfd)[0] == 0
+    assert pd.read_csv('nxn.csv', index_col=0).index.name == 'source (test)'
+
+
+def test_merge(here, capfd):
+    code, out, _ = typed('merge merged --base base --sources models --method ties --hp density=.1 --weights de-DE=.2,en-US=.5,sq-AL=.3', capfd)
+    r = json.loads((here/'merged/merge_record.json').read_text())
+    assert code == 0 and out.startswith('ties of 3 sources, head average\n') and 'written to merged' in out
+    assert r['hyperparameters']['density'] == .1 and {o['name']: o['weight'] for o in r['sources']} == {'de-DE': .2, 'en-US': .5, 'sq-AL': .3}
+    code, out, _ = typed('merge two --base base --sources en-US=models/en-US,de-DE=models/de-DE --weights .25,.75 --head best', capfd)
+    r = json.loads((here/'two/merge_record.json').read_text())
+    assert code == 0 and (r['method'], r['head']['source'], [o['weight'] for o in r['sources']]) == ('linear', 'de-DE', [.25, .75])
+
+def test_match_base(here, capfd):
+    code, out, _ = typed('match-base base models/sq-AL --out matched', capfd)
+    assert code == 0 and out.startswith('matched\ndrawn from the seed: classifier.dense.bias,')
+    assert (here/'matched/model.safetensors').is_file()
+
+
+def test_run_demo_and_report(here, capfd):
+    "The main job on toy data: from one line typed to the sentence, and its rows to a table"
+    code, out, _ = typed('run exctar --target sq-AL --world toy --k 1 --methods linear --out r', capfd)
+    assert code == 0 and out.startswith('executed notebook: r/sq-AL-toy-exctar.ipynb\n') and Path('r/sq-AL-toy-exctar.ipynb').is_file()
+    assert 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    code, out, _ = typed('demo --target sq-AL --world toy --out r', capfd)
+    assert code == 0 and 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    code, out, err = typed('report --store r/store.sqlite --target sq-AL', capfd)
+    assert code == 0 and out.count('### sq-AL test: ExcTar, zero-shot, toy, toy, uriel, proportional, k=') == 2
+    own = re.findall(r'^\| own \| baseline \| (\S+) \| (\S+) \| (\S+) \| 1 \| 0.000 \| 96 \|$', out, re.M)
+    assert len(own) == 2 and own[0] == own[1] and own[0][1] < own[0][0] < own[0][2]
+    assert 'holds no accuracy of de-DE' in error('report --store r/store.sqlite --target de-DE', capfd)
+
+
+def test_report_averages_seeds(here, capfd):
+    from merginguriel.store import Store
+    o = dict(name='own', locale='cy-GB', split='test', metric='accuracy', n=10, low=.1, high=.9)
+    for seed, value in ((0, .4), (1, .6)): Store('s.sqlite').record(dict(dataset='x', k=2, seed=seed, methods=['ties']), [o|dict(value=value)])
+    Store('s.sqlite').record(dict(dataset='y', k=2, seed=0, methods=['ties']), [o|dict(value=.1)])
+    out = typed('report --store s.sqlite', capfd)[1]
+    assert '| own | baseline | 0.500 | 0.237 | 0.763 | 2 | 0.200 | 10 |' in out # 5 of 10: Wilson's interval is [.2366, .7634]
+    assert '### cy-GB test: x, k=2' in out and '### cy-GB test: y, k=2' in out
+
+
+# ---- what is wrong with what was typed
+
+ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'), ('run', 'required: template'),
+    ('run extcar', "unknown template 'extcar'; the templates are exctar, inctar, mini"), ('run none.ipynb', 'there is no notebook none.ipynb'),
+    ('run exctar --targt cy-GB', 'unknown option --targt; did you mean --target?'), ('run exctar --n_tran 3', 'did you mean --n-train?'),
+    ('run exctar --k three', "argument --k: invalid int value: 'three'"), ('run --target cy-GB exctar', 'unknown option --target'),
+    ('finetune --out m', 'required: --locale'), ('finetune --locale cy-GB --out m --epoch 1', 'did you mean --epochs?'),
+    ('finetune --locale xx-XX --out m --dataset toy --base base', "unknown locale 'xx-XX'|has the locales"), ('finetune --locale sq-AL --out models --dataset toy --base base', 'models holds something else'),
+    ('finetune --locale sq-AL --out m --dataset toy --base base --epochs 0', 'epochs is out of range'),
+    ('finetune --locale sq-AL --out m --dataset toy --base absent/base', 'absent/base'),
+    ('evaluate models/sq-AL --locale sq-AL --dataset nothing', "'nothing' is neither 'home'"), ('evaluate absent/m --locale sq-AL --dataset toy', 'absent/m'),
+    ('evaluate models/sq-AL --locale sq-AL --dataset toy --split all', "the splits are"), ('evaluate models/sq-AL --locale cy-GB', 'label sets differ'),
+    ('nxn base --out n.csv --dataset toy', 'base has no folder with a config.json'), ('nxn en-US= --out n.csv', 'name=value'),
+    ('nxn a=b,a=c --out n.csv', 'a name twice'), ('nxn no=models/sq-AL --out n.csv --dataset toy', "'no'"),
+    ('select --target cy --k 3', 'did you mean cy-GB'), ('select --target cy-GB --k 100', 'k=100, but 48 candidates'),
+    ('select --target cy-GB --similarity typology', "similarity is 'uriel' or 'real'"), ('select --target cy-GB --similarity real', '--nxn'),
+    ('select --target cy-GB --similarity real --nxn absent.csv --oracle', 'No such file or directory: absent.csv'),
+    ('select --target cy-GB --features vibes', 'unknown feature set'), ('select --target cy-GB --legacy rows', 'legacy is some of'),
+    ('select --target cy-GB --candidates en-US,zz-ZZ --k 1', "unknown locale 'zz-ZZ'"), ('select --target cy-GB --target-weight .5', 'include_target'),
+    ('merge m --base base --sources models --method tise', "no merge method 'tise'; did you mean ties"),
+    ('merge m --base base --sources models --method ties --hp density=20', 'got 20'), ('merge m --base base --sources models --hp densty=.1', 'densty'),
+    ('merge m --base base --sources models --weights .5,.5', '2 weights for 3 sources'), ('merge m --base base --sources models --weights a,b,c', "'a'"),
+    ('merge m --base base --sources models --weights nan,1,1', 'the weight of de-DE is nan'), ('merge models --base base --sources models', 'another folder'),
+    ('merge m --base base --sources models --head mean', 'head is one of'), ('merge m --base base --sources en-US=absent', 'absent'),
+    ('match-base base absent/m', 'absent/m'), ('report', 'no store at runs/store.sqlite'), ('report --store models', 'models is a folder'),
+    ('report --store models/sq-AL/config.json', 'is not an SQLite file'), ('templates x', 'unrecognized arguments: x')]
+
+@pytest.mark.parametrize('text,said', ERRORS, ids=[o[0] for o in ERRORS])
+def test_what_is_wrong_is_one_line(text, said, here, capfd):
+    before = sorted(p for p in here.iterdir() if p.name != 'cache')
+    assert any(o in (e := error(text, capfd)) for o in said.split('|')), e
+    assert sorted(p for p in here.iterdir() if p.name != 'cache') == before, 'something was left'
+
+
+def test_options_are_not_abbreviated_and_may_have_underscores(here, capfd):
+    assert 'did you mean --target?' in error('select --targ cy-GB', capfd)
+    code, out, _ = typed('select --target sq-AL --k 1 --candidates en-US --include_target --target_weight=.25', capfd)
+    assert code == 0 and weights(out) == {'en-US': .75, 'sq-AL': .25}
+
+
+def test_a_failing_template_says_where_it_stopped(here, capfd):
+    e = error('run exctar --target xx-XX --world toy --out r', capfd)
+    assert "ValueError: unknown locale 'xx-XX'" in e and 'of r/xx-XX-toy-exctar.ipynb, which is executed up to there' in e
+    cells = json.loads(Path('r/xx-XX-toy-exctar.ipynb').read_text())['cells']
+    assert any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
+
+
+def test_the_traceback_is_shown_when_asked_for(here, capfd, monkeypatch):
+    with pytest.raises(ValueError, match='unknown locale'): main(['select', '--target', 'cy', '--traceback'])
+    monkeypatch.setenv('MERGINGURIEL_TRACEBACK', '1')
+    with pytest.raises(ValueError, match='unknown locale'): main(['select', '--target', 'cy'])
+
+
+def test_the_program(here):
+    "Exit codes and streams as a shell sees them"
+    r = program('select', '--target', 'cy-GB', '--k', '2')
+    assert r.returncode == 0 and r.stderr == '' and 'touched of cy-GB: none' in r.stdout
+    r = program('select', '--target', 'cy-GB', '--k', '0')
+    assert r.returncode == 2 and r.stdout == '' and r.stderr.startswith('merginguriel select: k is the number of other sources') and r.stderr.count('\n') == 1
+    r = program('select', '--target', 'cy', MERGINGURIEL_TRACEBACK='1')
+    assert r.returncode == 1 and 'Traceback' in r.stderr
+
+
+def test_the_script_is_declared():
+    import tomllib
+    scripts = tomllib.loads((ROOT/'pyproject.toml').read_text())['project']['scripts']
+    assert scripts == {'merginguriel': 'merginguriel.cli:main'}
