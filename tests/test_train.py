@@ -128,7 +128,8 @@ def test_a_foreign_state_is_an_error(base, train, dev, interrupted, what):
     out,state = interrupted
     s = torch.load(state, weights_only=True)
     torch.save(s|what if what=={'key':'another'} else what, state)
-    with pytest.raises(CheckpointError, match='not a state of this run; remove it'): finetune(base, train, out, dev=dev, epochs=3)
+    with pytest.raises(CheckpointError, match='not a state of this run; remove it'):
+        finetune(base, train, out, dev=dev, epochs=3)
     assert not out.exists()
 
 def test_a_run_starts_afresh_when_its_state_is_removed(base, train, dev, interrupted):
@@ -157,7 +158,8 @@ def test_locales_of_one_seed_start_from_one_head(base, tmp_path, monkeypatch):
         starts.append({k:v.clone() for k,v in m.state_dict().items()})
         return m,tok
     monkeypatch.setattr(T, 'load_classifier', spy)
-    for o,seed in (('en-US',0),('sw-KE',0),('en-US',1)): finetune(base, load_intents('toy',o,'train'), tmp_path/f'{o}{seed}', seed=seed, epochs=1)
+    for o,seed in (('en-US',0),('sw-KE',0),('en-US',1)):
+        finetune(base, load_intents('toy',o,'train'), tmp_path/f'{o}{seed}', seed=seed, epochs=1)
     a,b,c = starts
     heads = head_keys(list(a))
     assert head in heads and all(torch.equal(a[k],b[k]) for k in a)
@@ -178,7 +180,8 @@ def test_a_finished_run_is_returned_and_its_old_state_removed(base, train, dev, 
 
 # the epoch that is kept
 
-@pytest.mark.parametrize('accuracies,best', [((.5,.75,.75,.25),2), ((.75,.5,.25,.5),1), ((.25,.5,.5,.75),4), ((.5,.5,.5,.5),1)])
+@pytest.mark.parametrize('accuracies,best', [((.5,.75,.75,.25),2), ((.75,.5,.25,.5),1), ((.25,.5,.5,.75),4),
+    ((.5,.5,.5,.5),1)])
 def test_the_first_epoch_of_the_highest_dev_accuracy_is_kept(base, train, dev, tmp_path, monkeypatch, accuracies, best):
     seen = []
     monkeypatch.setattr(T, 'logits', pick(accuracies, seen))
@@ -288,15 +291,18 @@ def test_the_record(base, train, dev, short):
     r = training_record(short)
     assert {'key','base','data','n','dev','labels','seed','dtype','options','best_epoch','history','seconds','device','versions'}==set(r)
     assert (r['n'],r['labels'],r['seed'],r['dtype'])==(96,toy_labels,0,'fp32')
-    assert r['options']==asdict(train_options(base, epochs=2)) and set(r['options'])=={f.name for f in fields(TrainOptions)}
+    assert r['options']==asdict(train_options(base, epochs=2)) and \
+        set(r['options'])=={f.name for f in fields(TrainOptions)}
     assert (r['data'],r['dev'])==(train._fingerprint,dev._fingerprint)
     assert r['base']==open_checkpoint(add_head(base, toy_labels, seed=0)).digest()
-    assert [set(h) for h in r['history']]==[{'epoch','loss','dev_accuracy'}]*2 and [h['epoch'] for h in r['history']]==[1,2]
+    assert [set(h) for h in r['history']]==[{'epoch','loss','dev_accuracy'}]*2 and \
+        [h['epoch'] for h in r['history']]==[1,2]
     assert set(r['versions'])=={'merginguriel','torch','python'} and r['seconds']>=0
     assert not [v for v in r.values() if isinstance(v, str) and str(base) in v]
 
 def test_the_folder_is_whole_and_names_its_labels(base, short):
-    assert model_labels(short)==toy_labels and open_checkpoint(short).keys()==open_checkpoint(add_head(base, toy_labels)).keys()
+    assert model_labels(short)==toy_labels and open_checkpoint(short).keys()==open_checkpoint(add_head(base,
+        toy_labels)).keys()
     assert all(open_checkpoint(short).dtype(k)==torch.float32 for k in open_checkpoint(short))
     assert [p.name for p in short.parent.iterdir()]==[short.name]
 
@@ -320,7 +326,8 @@ def test_bad_data(refused, train, dev):
     refused(ValueError, 'the dev set is empty', dev=dev.select([]))
     refused(IncompatibleError, r"different labels: \['alarm', 'music'\]", dev=rows(['a'], [0], ['alarm','lights']))
     refused(IncompatibleError, 'the same in another order', dev=rows(['a'], [0], ['music','lights']))
-    refused(ValueError, '1 texts of the training set are empty or no strings, the first in row 1', data=rows(['a',None], [0,1]))
+    refused(ValueError, '1 texts of the training set are empty or no strings, the first in row 1',
+        data=rows(['a',None], [0,1]))
     refused(ValueError, '2 texts of the dev set are empty', dev=rows(['',' ','x'], [0,1,1]))
     refused(ValueError, 'no strings, the first in row 0', data=Dataset.from_dict({'text':[3], 'label':[0]},
         features=Features({'text':Value('int64'), 'label':ClassLabel(names=toy_labels)})))
@@ -331,13 +338,17 @@ def test_bad_data(refused, train, dev):
     refused(ValueError, 'make the column a ClassLabel', data=Dataset.from_dict({'text':['a'], 'label':[0]}))
     refused(ValueError, 'two or more different names', data=rows(['a'], [0], ['lights']))
 
-@pytest.mark.parametrize('name,value', [('epochs',0), ('lr',0.), ('lr',-1e-5), ('lr',float('nan')), ('head_lr',-1.), ('embedding_lr',-1.),
-    ('anchor',-.1), ('batch_size',0), ('warmup',1.), ('warmup',-.1), ('dropout',1), ('label_smoothing',1.), ('clip',0), ('patience',-1),
+@pytest.mark.parametrize('name,value', [('epochs',0), ('lr',0.), ('lr',-1e-5), ('lr',float('nan')),
+    ('head_lr',-1.), ('embedding_lr',-1.),
+    ('anchor',-.1), ('batch_size',0), ('warmup',1.), ('warmup',-.1), ('dropout',1), ('label_smoothing',1.),
+        ('clip',0), ('patience',-1),
     ('max_length',2)])
 def test_options_out_of_range(refused, name, value): refused(ValueError, f'{name} is out of range', **{name:value})
 
-@pytest.mark.parametrize('name,value', [('epochs',2.5), ('batch_size','32'), ('lr','1e-3'), ('lr',None), ('patience',True), ('dropout','no')])
-def test_options_of_another_type(refused, name, value): refused(TypeError, f'{name} is a (whole )?number; got', **{name:value})
+@pytest.mark.parametrize('name,value', [('epochs',2.5), ('batch_size','32'), ('lr','1e-3'), ('lr',None),
+    ('patience',True), ('dropout','no')])
+def test_options_of_another_type(refused, name, value): refused(TypeError, f'{name} is a (whole )?number; got',
+    **{name:value})
 
 def test_bad_options(refused, base, tmp_path):
     refused(TypeError, "no option 'learning_rate'; it takes anchor", learning_rate=1e-3)
@@ -362,5 +373,6 @@ def test_a_folder_that_holds_something_else_stays(refused, short, dev, tmp_path)
     assert weights(short)==before and (tmp_path/'notes'/'a.txt').read_text()==(tmp_path/'file').read_text()=='keep'
 
 def test_a_loss_that_is_not_a_number_stops_the_run(base, train, tmp_path):
-    with pytest.raises(ValueError, match='the loss is nan; lower the learning rate'): finetune(base, train, tmp_path/'out', lr=1e38, epochs=2)
+    with pytest.raises(ValueError, match='the loss is nan; lower the learning rate'):
+        finetune(base, train, tmp_path/'out', lr=1e38, epochs=2)
     assert not (tmp_path/'out').exists()
