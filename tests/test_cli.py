@@ -76,8 +76,9 @@ def test_help_is_the_comments(name, capfd):
         if o.kind != inspect.Parameter.VAR_KEYWORD: assert o.docment and squeezed(o.docment) in squeezed(out), k
 
 
-BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_size warmup patience'), ('finetune', 'train.finetune', 'seed dtype'),
-    ('finetune', 'data.load_intents', 'locale'), ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
+BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_size warmup patience'),
+    ('finetune', 'train.finetune', 'seed dtype'), ('finetune', 'data.load_intents', 'locale'),
+    ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
     ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
     ('merge', 'merge.merge', 'method head seed replace'), ('match-base', 'base_model.match_base', 'out seed new_head')]
 
@@ -157,7 +158,8 @@ def weights(out): return {k: float(v) for k, v in re.findall(r'^(\w\w-\w\w) +([\
 
 def test_select(here, capfd):
     code, out, _ = typed('select --target cy-GB --k 3 --candidates en-US,de-DE,fr-FR,ja-JP --weighting uniform', capfd)
-    assert code == 0 and weights(out) == {'de-DE': .3333, 'en-US': .3333, 'fr-FR': .3333} and 'ExcTar, zero-shot; touched of cy-GB: none' in out
+    assert code == 0 and weights(out) == {'de-DE': .3333, 'en-US': .3333, 'fr-FR': .3333}
+    assert 'ExcTar, zero-shot; touched of cy-GB: none' in out
     write_nxn()
     code, out, _ = typed('select --target sq-AL --k 2 --similarity real --nxn nxn.csv --include-target --target-weight .1', capfd)
     assert code == 0 and weights(out) == {'en-US': .6, 'de-DE': .3, 'sq-AL': .1} # the target's column: .6 and .3
@@ -222,7 +224,8 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('run exctar --targt cy-GB', 'unknown option --targt; did you mean --target?'), ('run exctar --n_tran 3', 'did you mean --n-train?'),
     ('run exctar --k three', "argument --k: invalid int value: 'three'"), ('run --target cy-GB exctar', 'unknown option --target'),
     ('finetune --out m', 'required: --locale'), ('finetune --locale cy-GB --out m --epoch 1', 'did you mean --epochs?'),
-    ('finetune --locale xx-XX --out m --dataset toy --base base', "unknown locale 'xx-XX'|has the locales"), ('finetune --locale sq-AL --out models --dataset toy --base base', 'models holds something else'),
+    ('finetune --locale xx-XX --out m --dataset toy --base base', "got 'xx-XX'"),
+    ('finetune --locale sq-AL --out models --dataset toy --base base', 'models holds something else'),
     ('finetune --locale sq-AL --out m --dataset toy --base base --epochs 0', 'epochs is out of range'),
     ('finetune --locale sq-AL --out m --dataset toy --base absent/base', 'absent/base'),
     ('evaluate models/sq-AL --locale sq-AL --dataset nothing', "'nothing' is neither 'home'"), ('evaluate absent/m --locale sq-AL --dataset toy', 'absent/m'),
@@ -245,7 +248,7 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
 @pytest.mark.parametrize('text,said', ERRORS, ids=[o[0] for o in ERRORS])
 def test_what_is_wrong_is_one_line(text, said, here, capfd):
     before = sorted(p for p in here.iterdir() if p.name != 'cache')
-    assert any(o in (e := error(text, capfd)) for o in said.split('|')), e
+    assert said in error(text, capfd)
     assert sorted(p for p in here.iterdir() if p.name != 'cache') == before, 'something was left'
 
 
