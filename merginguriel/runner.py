@@ -66,7 +66,7 @@ def _unknown(k, known):
 
 def _check_type(name, kind, v):
     if kind in _types and (not isinstance(v, _types[kind]) or (isinstance(v, bool) and kind!='bool')):
-        hint = " (papermill makes numbers of -p values and YAML of -y values, where `no` is False: pass text with -r)" if kind=='str' else ''
+        hint = " (papermill makes numbers of -p and YAML of -y, where `no` is False: pass text with -r)" if kind=='str' else ''
         raise ValueError(f"{name} is {'an' if kind=='int' else 'a'} {kind}; got {v!r}{hint}")
 
 def check_parameters(
