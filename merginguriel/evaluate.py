@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/evaluate.html.md"""
 
 # %% auto #0
 __all__ = ['Predictions', 'save_predictions', 'load_predictions', 'tokenize', 'predict', 'Accuracy', 'wilson', 'accuracy',
-           'confusion', 'banked', 'nxn']
+           'confusion', 'macro_f1', 'banked', 'nxn']
 
 # %% ../nbs/43_evaluate.ipynb #0f3f9188
 """A prediction is expensive and everything after it is arithmetic, so predictions are kept whole: logits, true labels and
@@ -14,9 +14,10 @@ item ids, under the digest of the model and the fingerprint of the data. `predic
 with its Wilson interval off them, `nxn` fills the matrix of every model on every locale, each model loaded once and each text
 tokenized once. Labels of model and data are matched by name. A prediction that failed is an error, never class 0."""
 
-# %% ../nbs/43_evaluate.ipynb #eb4fffb8
+# %% ../nbs/43_evaluate.ipynb #488b3b88
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 import torch
@@ -68,8 +69,13 @@ def load_predictions(
     except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
         raise CheckpointError(f"{path} does not hold predictions ({e}); remove it and predict again") from e
 
-# %% ../nbs/43_evaluate.ipynb #72f03f28
-_tokenized = {}
+# %% ../nbs/43_evaluate.ipynb #2afd567f
+_tokenized,_digests = {},WeakKeyDictionary()
+
+def _tokenizer_digest(t):
+    "Content of a tokenizer; writing it out takes long for a large vocabulary, so it is remembered until words are added"
+    if _digests.get(t, (None,))[0]!=len(t): _digests[t] = len(t),config_hash(t.backend_tokenizer.to_str())
+    return _digests[t][1]
 
 def tokenize(
     dataset, # Texts in the column `text`
@@ -77,7 +83,7 @@ def tokenize(
     max_length:int=64, # Tokens kept of a text
 )->list: # Token ids of each text
     "Token ids of `dataset`, remembered for the next model with the same tokenizer"
-    key = (dataset._fingerprint, config_hash(tokenizer.backend_tokenizer.to_str()), max_length)
+    key = (dataset._fingerprint, _tokenizer_digest(tokenizer), max_length)
     if key not in _tokenized:
         if len(_tokenized)>=128: _tokenized.pop(next(iter(_tokenized)))
         _tokenized[key] = tokenizer(list(dataset['text']), truncation=True, max_length=max_length)['input_ids']
@@ -107,14 +113,14 @@ def predict(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     dtype:str='fp32', # 'fp32', or 'bf16' on CUDA
     tokenizer=None, # Tokenizer of a model in memory
-    max_length:int=64, # Tokens kept of a text
+    max_length:int|None=None, # Tokens kept of a text; None: as in fine-tuning
 )->Predictions: # Logits in the order of the data and of its label names
     "Run `model` on every text of `dataset`"
     names,device = label_names(dataset),_device(device, dtype)
     if not len(dataset): raise ValueError("the data set is empty; there is nothing to predict")
     m,tok = _as_model(model, tokenizer)
     order = _column_order(m, names)
-    z = logits(m.to(device), tokenize(dataset, tok, max_length), tok.pad_token_id, batch_size, device, dtype=='bf16')
+    z = logits(m.to(device), tokenize(dataset, tok, text_limit(m, max_length)), tok.pad_token_id, batch_size, device, dtype=='bf16')
     return Predictions(z[:,order], np.array(dataset['label']), np.array(dataset['id']), names)
 
 # %% ../nbs/43_evaluate.ipynb #d30e17c9
@@ -154,25 +160,43 @@ def confusion(
     np.add.at(m, (p.labels, p.logits.argmax(-1)), 1)
     return pd.DataFrame(m, pd.Index(p.names, name='true'), pd.Index(p.names, name='predicted'))
 
-# %% ../nbs/43_evaluate.ipynb #496bde4f
+# %% ../nbs/43_evaluate.ipynb #2d0c6aa4
+def macro_f1(
+    p:Predictions, # Predictions of one model for one test set
+)->float: # In [0, 1]
+    "Mean over labels of the harmonic mean of precision and recall"
+    c = confusion(p).to_numpy()
+    both = c.sum(0)+c.sum(1)
+    return float((2*np.diag(c)[both>0]/both[both>0]).mean())
+
+# %% ../nbs/43_evaluate.ipynb #7379d091
+def _model_digest(folder):
+    "Content of a model folder, as far as logits depend on it"
+    said = load_json(folder/'config.json')
+    config = {k:v for k,v in said.items() if k not in ('_name_or_path','transformers_version','architectures')}
+    files = [p for p in folder.iterdir() if p.name.startswith(('tokenizer.','vocab.','merges.','sentencepiece','spiece'))]
+    return config_hash(dict(weights=open_checkpoint(folder).digest(), config=config,
+        tokenizer={p.name:file_digest(p) for p in files}))
+
 def banked(
-    model, # Model folder
+    model, # Model folder, or a name on the hub
     datasets:dict, # Name -> data set
-    bank:str|Path, # Folder of kept predictions
+    bank:str|Path|None=None, # Folder of kept predictions; None: nothing is kept
     device:str|None=None, # As for `predict`
     dtype:str='fp32', # As for `predict`
     tick=lambda name: None, # Called with each name when it is done
 )->dict: # Name -> `Predictions`
     "Predictions of one model for several data sets; the model is loaded only if one of them is missing"
-    digest,loaded,out = open_checkpoint(model).digest(),None,{}
+    folder,loaded,out = resolve_model(model),None,{}
+    digest = _model_digest(folder)
     for k,d in datasets.items():
         key = config_hash(dict(model=digest, data=d._fingerprint, labels=label_names(d), dtype=dtype))
-        path = Path(bank)/f'{key}.npz'
-        if path.exists(): out[k] = load_predictions(path)
+        path = Path(bank)/f'{key}.npz' if bank else None
+        if path and path.exists(): out[k] = load_predictions(path)
         else:
-            loaded = loaded or load_classifier(model)
+            loaded = loaded or load_classifier(folder)
             out[k] = predict(loaded[0], d, device=device, dtype=dtype, tokenizer=loaded[1])
-            save_predictions(out[k], path)
+            if path: save_predictions(out[k], path)
         tick(k)
     return out
 
@@ -180,15 +204,16 @@ def banked(
 def nxn(
     models:dict, # Training locale -> model folder
     datasets:dict, # Test locale -> data set, all of one split
-    bank:str|Path, # Folder of kept predictions
+    bank:str|Path|None=None, # Folder of kept predictions, from which an interrupted matrix goes on; None: nothing is kept
     split:str='dev', # Which split the data sets are: 'dev', or 'test' for baselines
     device:str|None=None, # As for `predict`
     progress:bool=False, # Show a bar of cells
+    dtype:str='fp32', # As for `predict`
 )->pd.DataFrame: # Accuracy in [0, 1], (source × target)
     "The accuracy of every model on every locale"
     from tqdm.auto import tqdm
     with tqdm(total=len(models)*len(datasets), disable=not progress, unit='cell', leave=False) as bar:
-        kept = {s:banked(m, datasets, bank, device, tick=lambda _: bar.update()) for s,m in models.items()}
+        kept = {s:banked(m, datasets, bank, device, dtype, tick=lambda _: bar.update()) for s,m in models.items()}
     rows = {s:{t:accuracy(p).value for t,p in v.items()} for s,v in kept.items()}
     m = pd.DataFrame.from_dict(rows, orient='index').rename_axis(index='source', columns='target')
     m.attrs = dict(split=split)

@@ -10,6 +10,7 @@ from merginguriel.base_model import *
 from merginguriel.checkpoint import *
 from merginguriel.core import *
 from merginguriel.data import *
+from merginguriel.evaluate import *
 from merginguriel.toy import *
 from merginguriel.train import *
 
@@ -361,6 +362,45 @@ def test_bad_base(refused, short, tmp_path):
     refused(MissingDataError, 'no model folder', base=tmp_path/'nowhere')
     other = with_config(short, tmp_path/'other', id2label={'0':'alarm','1':'music'}, label2id={'alarm':0,'music':1})
     refused(IncompatibleError, 'alarm', base=other)
+
+three = rows(['a','b'], [0,2], ['lights','music','news'])
+
+def test_a_classifier_of_other_labels_does_not_lose_its_head_unasked(refused, short):
+    refused(IncompatibleError, 'classifies 2 labels and the data have 3', base=short, data=three)
+
+def test_a_classifier_of_other_labels_loses_its_head_when_asked(short, tmp_path):
+    start = add_head(short, label_names(three), new_head=True)
+    assert model_labels(finetune(start, three, tmp_path/'three', epochs=1))==['lights','music','news']
+
+def test_data_of_another_kind(refused): refused(TypeError, 'datasets.Dataset.*; got list', data=[dict(text='a', label=0)])
+
+@pytest.mark.parametrize('change', ['missing','reshaped'])
+def test_a_classifier_that_is_not_whole(short, dev, tmp_path, change):
+    "transformers would draw the tensor at random"
+    broken = shutil.copytree(short, tmp_path/'broken')
+    d = {k:open_checkpoint(short).read(k) for k in open_checkpoint(short)}
+    v = d.pop(head)
+    if change=='reshaped': d[head] = torch.cat([v,v])
+    save_checkpoint(d, broken)
+    with pytest.raises(CheckpointError, match=f"lacks '{head}', or has it in another shape"): predict(broken, dev)
+
+def test_a_truncated_model(short, dev, tmp_path):
+    broken = shutil.copytree(short, tmp_path/'broken')
+    (broken/'model.safetensors').write_bytes(weights(short)[:-10])
+    with pytest.raises(CheckpointError): predict(broken, dev)
+
+def test_texts_longer_than_the_model_reads(base, short, tmp_path):
+    "The toy model has 34 positions, and RoBERTa's begin after the padding id 1"
+    long = rows(['lamp '*60,'song '*60], [0,1])
+    with pytest.raises(ValueError, match='max_length is 64 tokens and the model has positions for 32'):
+        finetune(base, long, tmp_path/'no', max_length=64)
+    assert not (tmp_path/'no').exists()
+    with pytest.raises(ValueError, match='positions for 32'): predict(short, long, max_length=33)
+    assert predict(short, long).logits.shape==(2,2)
+    tiny = finetune(base, long, tmp_path/'tiny', epochs=1, max_length=8)
+    assert load_json(tiny/'config.json')['finetune']['max_length']==8
+    assert np.array_equal(predict(tiny, long).logits, predict(tiny, rows(['lamp '*6,'song '*6], [0,1])).logits)
+    assert not np.array_equal(predict(tiny, long).logits, predict(tiny, long, max_length=32).logits)
 
 def test_a_folder_that_holds_something_else_stays(refused, short, dev, tmp_path):
     (tmp_path/'notes').mkdir()
