@@ -100,12 +100,6 @@ def _as_model(model, tokenizer):
     return model,tokenizer
 
 # %% ../nbs/43_evaluate.ipynb #50a23c4d
-def _device(device, dtype):
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if dtype not in ('fp32','bf16'): raise ValueError(f"dtype is 'fp32' or 'bf16'; got {dtype!r}")
-    if dtype=='bf16' and not device.startswith('cuda'): raise ValueError("bf16 is for CUDA; on a CPU use dtype='fp32'")
-    return device
-
 def predict(
     model, # Model folder, or a classifier of transformers in memory
     dataset, # Texts with labels and ids, as `load_intents` returns them
@@ -116,7 +110,7 @@ def predict(
     max_length:int|None=None, # Tokens kept of a text; None: as in fine-tuning
 )->Predictions: # Logits in the order of the data and of its label names
     "Run `model` on every text of `dataset`"
-    names,device = label_names(dataset),_device(device, dtype)
+    names,device = label_names(dataset),pick_device(device, dtype)
     if not len(dataset): raise ValueError("the data set is empty; there is nothing to predict")
     m,tok = _as_model(model, tokenizer)
     order = _column_order(m, names)
@@ -170,14 +164,6 @@ def macro_f1(
     return float((2*np.diag(c)[both>0]/both[both>0]).mean())
 
 # %% ../nbs/43_evaluate.ipynb #7379d091
-def _model_digest(folder):
-    "Content of a model folder, as far as logits depend on it"
-    said = load_json(folder/'config.json')
-    config = {k:v for k,v in said.items() if k not in ('_name_or_path','transformers_version','architectures')}
-    files = [p for p in folder.iterdir() if p.name.startswith(('tokenizer.','vocab.','merges.','sentencepiece','spiece'))]
-    return config_hash(dict(weights=open_checkpoint(folder).digest(), config=config,
-        tokenizer={p.name:file_digest(p) for p in files}))
-
 def banked(
     model, # Model folder, or a name on the hub
     datasets:dict, # Name -> data set
@@ -188,7 +174,7 @@ def banked(
 )->dict: # Name -> `Predictions`
     "Predictions of one model for several data sets; the model is loaded only if one of them is missing"
     folder,loaded,out = resolve_model(model),None,{}
-    digest = _model_digest(folder)
+    digest = model_digest(folder)
     for k,d in datasets.items():
         key = config_hash(dict(model=digest, data=d._fingerprint, labels=label_names(d), dtype=dtype))
         path = Path(bank)/f'{key}.npz' if bank else None

@@ -176,7 +176,7 @@ def train(self:Experiment,
 )->Path: # Model folder
     "The model of one `locale`: trained now, or found where an earlier run left it"
     base,data,dev = self.start(),self.dataset_of(locale,'train'),self.dataset_of(locale,'dev')
-    key = config_hash(dict(base=open_checkpoint(base).digest(), data=data._fingerprint, dev=dev._fingerprint,
+    key = config_hash(dict(base=model_digest(base), data=data._fingerprint, dev=dev._fingerprint,
         seed=self.seed, options=self.options))
     return finetune(base, data, Path(out)/'models'/f'{locale}-{key}', dev=dev, seed=self.seed, device=device,
         progress=progress, **self.options)
