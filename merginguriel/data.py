@@ -155,14 +155,17 @@ def _open(name_or_path, text_column, label_column):
 # %% ../nbs/40_data.ipynb #267be731
 massive_info = dict(license='CC BY 4.0', homepage='https://github.com/alexa/massive', description='MASSIVE 1.1',
     citation='MASSIVE (FitzGerald et al. 2022), CC BY 4.0, built on SLURP (Bastianelli et al. 2020), CC BY 4.0')
-_help = ("Set MERGINGURIEL_MASSIVE to a folder of <locale>.jsonl (the official archive) or to a Parquet file with the columns "
-    "locale, id, partition, intent, utt; or use the embedded set 'home', which needs no download")
+_help = ("Set MERGINGURIEL_MASSIVE to a folder of <locale>.jsonl (the official archive) or to a Parquet file, or its folder, with "
+    "the columns locale, id, partition, intent, utt; or use the embedded set 'home', which needs no download")
 
 def _massive_path():
     path = os.environ.get('MERGINGURIEL_MASSIVE')
     if path and not Path(path).exists():
         raise MissingDataError(f"MERGINGURIEL_MASSIVE names {path!r}, which is not there. {_help}")
-    return Path(path) if path else None
+    if not path or not Path(path).is_dir() or any(Path(path).rglob('*.jsonl')): return Path(path) if path else None
+    tables = sorted(Path(path).glob('*.parquet'))
+    if len(tables)!=1: raise MissingDataError(f"{path} has no <locale>.jsonl and {len(tables)} Parquet files. {_help}")
+    return tables[0]
 
 def _massive_hub(locale):
     import datasets

@@ -16,6 +16,7 @@ value, every estimate carries its interval, and a method keeps its colour in eve
 # %% ../nbs/53_report.ipynb #185e01d2
 import numpy as np
 import pandas as pd
+from .evaluate import *
 
 # %% ../nbs/53_report.ipynb #2faf5a4c
 _palette = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#f0e442']
@@ -35,14 +36,13 @@ def comparison(
     scores:pd.DataFrame, # One row per score: name, kind, seed, accuracy in [0, 1], n (test items)
 )->pd.DataFrame: # One row per name: accuracy, low, high (Wilson 95 %), seeds, spread, n; best first
     "Accuracies of every model, averaged over seeds, with intervals"
-    from scipy.stats import binomtest
     if scores.accuracy.isna().any():
         name = scores.name[scores.accuracy.isna()].iloc[0]
         raise ValueError(f"{name} has no accuracy; evaluate it again, a missing score is not 0")
     g = scores.groupby(['name','kind'], sort=False)
     df = g.agg(accuracy=('accuracy','mean'), seeds=('seed','nunique'), spread=('accuracy',np.ptp), n=('n','first'))
-    ci = [binomtest(round(a*n), int(n)).proportion_ci(method='wilson') for a,n in zip(df.accuracy, df.n)]
-    df = df.assign(low=[c.low for c in ci], high=[c.high for c in ci]).reset_index('kind')
+    low,high = zip(*(wilson(round(a*n), n) for a,n in zip(df.accuracy, df.n)))
+    df = df.assign(low=low, high=high).reset_index('kind')
     return df.sort_values('accuracy', ascending=False, kind='stable')['kind accuracy low high seeds spread n'.split()]
 
 # %% ../nbs/53_report.ipynb #09dfcb4f

@@ -196,14 +196,14 @@ def test_bad_other(tmp_path, no_massive):
 massive = [dict(locale=o, id=str(i), partition=s, scenario='x', intent=l, utt=f'{o} {t}') for o in ('sq-AL','sw-KE')
     for i,(s,l,t) in enumerate([('train','b_b','none'),('train','a_a','1'),('dev','a_a','2'),('test','a_a','3')])]
 
-@pytest.mark.parametrize('kind', ['jsonl','archive','parquet'])
+@pytest.mark.parametrize('kind', ['jsonl','archive','parquet','parquet folder'])
 def test_massive_copies(tmp_path, monkeypatch, kind):
     root = tmp_path/'1.1'/'data' if kind=='archive' else tmp_path
     root.mkdir(parents=True, exist_ok=True)
-    if kind=='parquet': root = write(tmp_path/'m.parquet', massive)
+    if kind.startswith('parquet'): root = write(tmp_path/'m.parquet', massive)
     else:
         for o in ('sq-AL','sw-KE'): write(root/f'{o}.jsonl', [r for r in massive if r['locale']==o])
-    monkeypatch.setenv('MERGINGURIEL_MASSIVE', str(tmp_path if kind=='archive' else root))
+    monkeypatch.setenv('MERGINGURIEL_MASSIVE', str(tmp_path if kind in ('archive','parquet folder') else root))
     a,b = load_intents('massive','sq-AL','train'),load_intents('massive','sw-KE','train')
     assert a['id'][:]==b['id'][:]==[0,1] and a['text'][:]==['sq-AL none','sq-AL 1'] and a['label'][:]==[1,0]
     assert label_names(load_intents('massive','sq-AL','test'))==['a_a','b_b'] and len(load_intents('massive','sq-AL','dev'))==1
@@ -211,6 +211,12 @@ def test_massive_copies(tmp_path, monkeypatch, kind):
     assert load_intents(root,'sw-KE','train').to_list()==b.to_list() # as a plain path, by its own column names
     with pytest.raises(MissingDataError, match='sw-KE'): load_intents('massive','th-TH','test')
     with pytest.raises(ValueError, match='did you mean'): load_intents('massive','sw-KX','test')
+
+def test_massive_ambiguous(tmp_path, monkeypatch):
+    monkeypatch.setenv('MERGINGURIEL_MASSIVE', str(tmp_path))
+    with pytest.raises(MissingDataError, match='0 Parquet files. Set MERGINGURIEL_MASSIVE'): load_intents('massive','sq-AL','train')
+    for o in 'ab': write(tmp_path/f'{o}.parquet', massive)
+    with pytest.raises(MissingDataError, match='2 Parquet files'): available_locales('massive')
 
 def test_massive_missing(tmp_path, monkeypatch, no_massive):
     import datasets
