@@ -138,6 +138,7 @@ def main(
     argv=None, # The arguments after `merginguriel`; None: those of the process
 )->int: # Exit code: 0, or 2 after an error
     "Run one command"
+    passive_threads()
     name,*rest = list(sys.argv[1:] if argv is None else argv) or ['']
     if name in ('','-h','--help','--version'):
         print(__version__ if name=='--version' else _overview())

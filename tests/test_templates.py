@@ -131,7 +131,7 @@ def test_papermill_reads_every_parameter(path):
 def test_parameters_are_checked_before_anything_else(path):
     "The first code cells are the parameters, the import of the check, and the check"
     cells = [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
-    assert cells[1:3] == ['from merginguriel.runner import check_namespace', 'check_namespace(globals())']
+    assert cells[1:3] == ['from merginguriel.runner import check_namespace,passive_threads', 'check_namespace(globals())\npassive_threads()']
 
 BAD = [(['-r', 'targt', 'cy-GB'], "unknown parameter 'targt'; did you mean 'target'?"), (['-p', 'target', 'no'], "unknown locale 'no'"),
     (['-y', 'target: no'], 'target is a str; got False'), (['-p', 'seeds', '0'], 'seeds is a str; got 0 '),
