@@ -41,7 +41,7 @@ class Traits:
     negative:bool=False # Negative weights make sense
     needs_base:bool=True # The base plays a part even where the coefficients sum to 1
     deterministic:bool=True # False: the method draws random numbers and takes a `seed`
-    coefficients:object=None # Linear methods: (weights, **hyperparameters) -> coefficients of the task vectors
+    coefficients:object=None # Linear methods: (weights, **hyperparameters) -> coefficients of the task vectors, or for each tensor
     prepare:object=None # (scan, names, weights, **hyperparameters) -> function from a `Block` to a dictionary
     given:tuple=() # The arguments that `prepare` supplies; not hyperparameters
     convex:bool=False # Copies of one model merge to it, and one-hot weights give that source
@@ -54,7 +54,7 @@ Block = namedtuple('Block', 'key rows start shape') # Tensor name, its rows, fir
 # %% ../nbs/20_merge.ipynb #da538825
 class Methods(Mapping):
     "Merge methods, name -> pure function; the packaged ones are imported at the first look"
-    packaged = ['linear','sparse']
+    packaged = ['linear','sparse','adamerging']
     def __init__(self): self._fns,self._traits,self._waiting = {},{},[f'merginguriel.{o}' for o in self.packaged]
     def _load(self):
         while self._waiting:
@@ -236,8 +236,10 @@ def _heaviest(weights): return min(weights.index, key=lambda k: (-weights[k], k)
 def _head_tensor(plan, k):
     if plan.head=='base': return plan.read_head('the base', k)
     if plan.head=='best': return plan.read_head(plan.first, k)
-    t = None
-    for name,w in (plan.weights/plan.weights.sum()).items():
+    t,c = None,_coefficients(plan)
+    w = pd.Series(c(k), plan.weights.index) if callable(c) else plan.weights
+    if (w<0).any(): raise ValueError(f"the mean of the heads needs coefficients of 0 or more; {k!r} has {w.min()} for {w.idxmin()}")
+    for name,w in (w[w!=0]/w.sum()).items():
         o = plan.read_head(name, k).double()
         t = o*w if t is None else t.add_(o, alpha=w)
     return t
@@ -282,13 +284,18 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
     return p
 
 # %% ../nbs/20_merge.ipynb #3fe9aec7
-def _linear_blocks(plan, coefs):
+def _terms(plan, coefs):
+    "(model, coefficient) of each model that takes part"
     terms = [(m,c) for m,c in zip(plan.sources.values(), coefs) if c]
     if abs(rest := 1-math.fsum(coefs))>1e-12:
         if plan.base is None:
             raise ValueError(f"the coefficients sum to {1-rest:.6g}, so {plan.method} needs a base; got None")
         terms.append((plan.base, rest))
-    for k in plan.body:
+    return terms
+
+def _linear_blocks(plan, coefs):
+    all_terms = {k:_terms(plan, coefs(k) if callable(coefs) else coefs) for k in plan.body}
+    for k,terms in all_terms.items():
         for rows in row_blocks(plan.sources[plan.first].shape(k), plan.max_elements):
             t = None
             for m,c in terms:
@@ -298,8 +305,12 @@ def _linear_blocks(plan, coefs):
             yield k,rows,t
 
 def _coefficients(plan):
-    c = methods.traits(plan.method).coefficients
-    return None if c is None else [float(o) for o in c(torch.tensor(plan.weights.values), **plan.hp)]
+    "None, one coefficient for each source, or a function from the name of a tensor to them"
+    t = methods.traits(plan.method)
+    if t.coefficients is None: return None
+    given = {k:v for k,v in dict(names=list(plan.sources), keys=plan.body+plan.heads).items() if k in t.given}
+    c = t.coefficients(torch.tensor(plan.weights.values), **plan.hp, **given)
+    return c if callable(c) else [float(o) for o in c]
 
 # %% ../nbs/20_merge.ipynb #1948d5ff
 def _method_blocks(plan):
@@ -359,7 +370,7 @@ def _names(dtypes): return sorted({str(o).removeprefix('torch.') for o in dtypes
 
 def _record(plan, base, sources):
     coefs = _coefficients(plan)
-    if coefs is not None: coefs = {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
+    coefs = None if coefs is None or callable(coefs) else {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
     share = plan.weights/plan.weights.abs().sum()
     rows = [dict(name=k, path=_path(v), digest=plan.opened[k].digest(), weight=plan.all_weights[k],
         share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
