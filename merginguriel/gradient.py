@@ -193,6 +193,7 @@ def sliced_vocabulary(
 # %% ../nbs/15_gradient.ipynb #b02ef527
 def blank_classifier(
     folder, # Model folder; only its configuration is read
+    device='cpu', # Where the parameters are held
 ): # A transformers sequence classifier in float32 whose values mean nothing and whose word vectors take no memory
     "The architecture of the classifier in `folder`, to be filled by merging"
     from transformers import AutoConfig,AutoModelForSequenceClassification
@@ -202,5 +203,5 @@ def blank_classifier(
     with torch.random.fork_rng(devices=[]): model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     config.vocab_size = model.config.vocab_size = vocab
     small = model.get_input_embeddings()
-    model.set_input_embeddings(nn.Embedding(vocab, small.embedding_dim, small.padding_idx, device='meta'))
+    model.to(device).set_input_embeddings(nn.Embedding(vocab, small.embedding_dim, small.padding_idx, device='meta'))
     return model.eval()
