@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 from .core import *
 from .checkpoint import *
-from .checkpoint import _state
+from .checkpoint import _digests,_state
 from .base_model import *
 from .task_vector import *
 from .representation import *
@@ -71,10 +71,11 @@ def kept_digest(
     file,state = Path(cache)/'digests.json',_state(checkpoint._entries)
     seen,key = load_json(file) if file.is_file() else {},state and config_hash(state)
     if key in seen: return seen[key],0
+    read = 0 if state in _digests else checkpoint.nbytes # This process may have it
     digest = checkpoint.digest()
     if key:
         with atomic_write(file) as f: json.dump(seen|{key:digest}, f, indent=0)
-    return digest,checkpoint.nbytes
+    return digest,read
 
 # %% ../nbs/14_compatibility.ipynb #17a1533b
 _arrays = ('gram','along','base','agree','both')
