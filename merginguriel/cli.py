@@ -342,7 +342,7 @@ def match_base_command(
 
 # %% ../nbs/59_cli.ipynb #cfee16c2
 @command('compat', lambda argv: declared('compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric '
-    'output_dir locales embeddings off_base dataset text_locale split n layer pooling estimator device cache'))
+    'output_dir locales seed embeddings off_base dataset text_locale split n layer pooling estimator device cache'))
 def compat_command(
     **options, # Those of `compute_compatibility_matrix`
 ):

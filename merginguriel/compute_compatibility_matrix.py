@@ -38,6 +38,7 @@ def _is_model(folder): return any((folder/o).is_file() for o in ('model.safetens
 def find_models(
     models_dir, # Folder with one model folder per locale
     wanted=None, # Locales to look for; None: those that are there
+    seed:str='', # Take the models fine-tuned with this seed, by their records; '': all
 ): # (locale -> folder, or None where there is no model; names of the folders left alone)
     "The models in `models_dir` by locale"
     if not Path(models_dir).is_dir():
@@ -49,8 +50,9 @@ def find_models(
         if not names or wanted and names[0] not in wanted: other.append(p.name)
         else: found.setdefault(names[0], []).append(p)
     for k,ps in found.items():
-        whole = [o for o in ps if _is_model(o)]
-        if len(whole)>1: raise ValueError(f"{len(whole)} models of {k}: {', '.join(o.name for o in whole)}; keep one in {models_dir}")
+        whole = [o for o in ps if _is_model(o) and (seed=='' or str(training_record(o)['seed'])==str(seed))]
+        if len(whole)>1: raise ValueError(f"{len(whole)} models of {k}: {', '.join(o.name for o in whole)}; keep one of them in "
+            f"{models_dir}, or name the seed if it differs")
         found[k] = whole[0] if whole else None
     out = {k:found.get(k) for k in (wanted or sorted(found))}
     if any(out.values()): return out,other
@@ -138,6 +140,7 @@ def compute_compatibility_matrix(
     metric:str='both', # 'task_vector_cosine', 'cka' or 'both'
     output_dir:str='nxn_results/compatibility_matrix', # Folder to write the matrices and the log to
     locales:str='', # Locales to compare, comma separated; '': those found. One without a model is a row of NaN
+    seed:str='', # Of several models of a locale, those fine-tuned with this seed; '': there is one model each
     embeddings:str='all', # Task vectors with the embeddings ('all') or with 'no_embeddings'
     off_base:bool=False, # First remove from each task vector its part along the pretrained model
     dataset:str='home', # Texts for CKA: 'home' (embedded), 'massive', 'toy', or a path
@@ -154,7 +157,7 @@ def compute_compatibility_matrix(
     "Task-vector cosine and CKA between the models of a folder, as CSV files with a log"
     options = {k:v for k,v in locals().items() if k not in ('models_dir','pretrained','output_dir','cache','progress')}
     metrics = _check(options)
-    models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()])
+    models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()], seed)
     texts,ids = shared_texts(dataset, text_locale, split, n) if 'cka' in metrics else ([],[])
     base,cache = _pretrained(pretrained),Path(cache or cache_dir('compatibility'))
     out,log = {},dict(format=1, missing=[k for k,v in models.items() if v is None], ignored=other, options=options)
