@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'required', 'declared', 'template_options', 'command', 'parser', 'parse', 'main', 'demo_command',
            'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command', 'select_command',
-           'merge_command', 'match_base_command', 'report_command']
+           'merge_command', 'match_base_command', 'compat_command', 'report_command']
 
 # %% ../nbs/59_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. Every word of that help is the comment beside a parameter, here, in
@@ -340,6 +340,20 @@ def match_base_command(
     from merginguriel.base_model import base_info,match_base
     path = match_base(_base(pretrained), reference, **options)
     print(f"{path}\ndrawn from the seed: {', '.join(base_info(path)['initialised']) or 'nothing'}")
+
+# %% ../nbs/59_cli.ipynb #cfee16c2
+@command('compat', lambda argv: declared('compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric '
+    'output_dir locales seed embeddings off_base dataset text_locale split n layer pooling estimator device cache'))
+def compat_command(
+    **options, # Those of `compute_compatibility_matrix`
+):
+    "How compatible models are with each other: task-vector cosine and CKA"
+    from merginguriel.compute_compatibility_matrix import compute_compatibility_matrix
+    r = compute_compatibility_matrix(**options, progress=_tty())
+    log = r.pop('log')
+    for k,m in r.items(): print(f"### {k}\n\n{m.round(3).to_string()}\n")
+    if log['missing']: print(f"missing, and NaN above: {', '.join(log['missing'])}")
+    print(f"written to {options['output_dir']}")
 
 # %% ../nbs/59_cli.ipynb #0ea58c85
 def _markdown(df):

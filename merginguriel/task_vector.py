@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/task_vector.html.md"""
 
 # %% auto #0
 __all__ = ['TensorNamesError', 'check_tensors', 'row_blocks', 'one_thread', 'iter_blocks', 'check_values', 'task_vector',
-           'task_vector_norms', 'task_vector_gram']
+           'task_vector_norms', 'products', 'sign_products', 'iter_products', 'tensor_block', 'task_vector_gram']
 
 # %% ../nbs/12_task_vector.ipynb #86a5cce5
 """A task vector is a fine-tuned model minus the base it started from, tensor by tensor ([Ilharco et
@@ -14,7 +14,7 @@ al.](https://arxiv.org/abs/2212.04089)). It exists only between models of the sa
 are compared before anything is subtracted, and each difference is an error that names it. `iter_blocks` is the
 one place where models meet: it walks through base and sources together, some rows at a time, so that fifty
 models cost the memory of fifty blocks. `task_vector` holds a whole one in memory; `task_vector_norms` and
-`task_vector_gram` measure all of them in one pass, in float64. Wherever a model is taken, a path or a
+`task_vector_gram` measure all of them in one pass, with sums in float64. Wherever a model is taken, a path or a
 dictionary of tensors will do."""
 
 # %% ../nbs/12_task_vector.ipynb #d123f0b9
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from .core import *
 from .checkpoint import *
+from .base_model import *
 
 # %% ../nbs/12_task_vector.ipynb #8de9f319
 class TensorNamesError(IncompatibleError, KeyError):
@@ -136,10 +137,10 @@ def _pick(keys, exclude):
     if not set(keys)-out: raise ValueError(f"exclude={exclude!r} leaves none of the {len(keys)} tensors")
     return [k for k in keys if k not in out]
 
-def _blocks(base, sources, exclude):
+def _open(base, sources, exclude):
     base,sources = open_checkpoint(base),{k:open_checkpoint(v) for k,v in sources.items()}
     if not sources: raise ValueError("there are no sources; pass a dictionary name -> model")
-    return iter_blocks(base, sources, _pick(check_tensors({'the base':base, **sources}), exclude))
+    return base,sources,_pick(check_tensors({'the base':base, **sources}), exclude)
 
 # %% ../nbs/12_task_vector.ipynb #6161546c
 def task_vector_norms(
@@ -150,22 +151,95 @@ def task_vector_norms(
     "Length of each task vector in each tensor; the root of a column's sum of squares is the whole length"
     sq = {}
     with one_thread():
-        for k,_,_,taus in _blocks(base, sources, exclude):
+        for k,_,_,taus in iter_blocks(*_open(base, sources, exclude)):
             sq[k] = sq.get(k, 0.) + taus.reshape(len(taus), -1).double().square_().sum(1)
     norms = pd.DataFrame({k:v.sqrt().numpy() for k,v in sq.items()}, index=list(sources)).T
     return norms.rename_axis(index='tensor', columns='source')
 
 # %% ../nbs/12_task_vector.ipynb #e072643d
+def products(
+    x:Tensor, # Vectors as rows, (n, d)
+)->Tensor: # (n, n), float64
+    "Inner products of the rows of `x`"
+    n,m = len(x),x.shape[1]>>10
+    g = torch.zeros(n, n, dtype=torch.float64)
+    if m:
+        y = x[:,:m<<10].view(n, m, 1<<10).transpose(0, 1)
+        g += torch.bmm(y, y.transpose(1, 2)).sum(0, dtype=torch.float64)
+    if x.shape[1]>m<<10: g += x[:,m<<10:]@x[:,m<<10:].T
+    return (g+g.T)/2
+
+def sign_products(
+    x:Tensor, # Vectors as rows, (n, d)
+)->Tensor: # (2, n, n), float64: coordinates with equal signs; coordinates where neither is 0
+    "Count for each pair of rows where their signs agree"
+    s = x.sign()
+    both = products(s.abs())
+    return torch.stack([(both+products(s))/2, both])
+
+# %% ../nbs/12_task_vector.ipynb #91d91d43
+def iter_products(
+    base, # Path or dictionary of tensors
+    sources:dict, # Name -> path or dictionary, n of them
+    keys=None, # Tensors to walk through, in this order; None: all floating-point ones, sorted
+    signs:bool=False, # Also count signs
+): # Yields (name, inner products (n+1, n+1) with the base last, `sign_products` (2, n, n) or None)
+    "Walk through `base` and `sources` together, one tensor at a time, each value read once"
+    base,sources = open_checkpoint(base),{k:open_checkpoint(v) for k,v in sources.items()}
+    if keys is None: keys = check_tensors({'the base':base, **sources})
+    for k in keys:
+        g,s = torch.zeros(len(sources)+1, len(sources)+1, dtype=torch.float64),None
+        for rows in row_blocks(base.shape(k), 1<<19):
+            with one_thread():
+                for x in _stacked([*sources.values(), base], k, rows):
+                    p = products(x)
+                    if not math.isfinite(p.sum()):
+                        check_values({'the base':base, **sources}, k, rows)
+                        p = products(x.double())
+                    g += p
+                    if signs: s = sign_products(x[:-1])+(0 if s is None else s)
+        yield k,g,s
+
+# %% ../nbs/12_task_vector.ipynb #bb511680
+def _stacked(models, k, rows):
+    "Task vectors and, below them, the base, (n+1, d), in pieces that fit the processor's cache; one memory for all"
+    parts = [m.read(k, rows).flatten() for m in models]
+    dt = torch.float64 if any(o.dtype==torch.float64 for o in parts) else torch.float32
+    count = max(1, round(len(parts[0])/max(1<<13, (1<<20)//len(parts))))
+    d = max(1, -(-len(parts[0])//count>>10))<<10 # Equal pieces, whole products of 1,024
+    memory = torch.empty(len(parts)*min(d, len(parts[0])), dtype=dt)
+    for pieces in zip(*(o.split(d) for o in parts)):
+        b,x = pieces[-1].to(dt),memory[:len(parts)*len(pieces[-1])].view(len(parts), -1)
+        for tau,o in zip(x, pieces[:-1]): torch.sub(o.to(dt), b, out=tau)
+        x[-1] = b
+        yield x
+
+# %% ../nbs/12_task_vector.ipynb #056d9461
+def tensor_block(
+    key:str, # Name of a tensor
+    heads=(), # Names of the head's tensors, as `head_keys` finds them
+)->str: # 'embeddings', 'layer.0', …, 'head' or 'other'
+    "The part of the model that tensor `key` belongs to"
+    if key in heads: return 'head'
+    if m := re.search(r'(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.', key): return f'layer.{m[1]}'
+    return 'embeddings' if re.search(r'embed|(^|\.)w[tp]e\.', key) else 'other'
+
+def _in_order(blocks): # Layers by number
+    last = {'embeddings':-1, 'other':10**6, 'head':10**6+1, 'all':0}
+    return sorted(blocks, key=lambda o: last[o] if o in last else int(o[6:]))
+
+# %% ../nbs/12_task_vector.ipynb #ccb3866b
 def task_vector_gram(
     base, # Path or dictionary of tensors
     sources:dict, # Name -> path or dictionary
     exclude=None, # Pattern searched in tensor names, or a list of names, to leave out
-)->pd.DataFrame: # Names x names, float64
+    blocks:bool=False, # One matrix for each part of the model (see `tensor_block`); their sum is the whole
+): # Names x names, float64; with `blocks` a dictionary of them
     "Inner products of the task vectors of `sources`"
-    g = torch.zeros(len(sources), len(sources), dtype=torch.float64)
-    with one_thread():
-        for _,_,_,taus in _blocks(base, sources, exclude):
-            for x in taus.reshape(len(taus), -1).split(1<<15, 1):
-                x = x.double()
-                g += x@x.T
-    return pd.DataFrame(((g+g.T)/2).numpy(), index=list(sources), columns=list(sources))
+    base,sources,keys = _open(base, sources, exclude)
+    n,heads,sums = len(sources),head_keys(base.keys()),{}
+    for k,g,_ in iter_products(base, sources, keys):
+        b = tensor_block(k, heads) if blocks else 'all'
+        sums[b] = sums.get(b, 0)+g[:n,:n]
+    out = {b:pd.DataFrame(sums[b].numpy(), index=list(sources), columns=list(sources)) for b in _in_order(sums)}
+    return out if blocks else out['all']

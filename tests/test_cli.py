@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'match-base', 'report']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'match-base', 'compat', 'report']
 
 
 @pytest.fixture(scope='session')
@@ -80,7 +80,8 @@ BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_s
     ('finetune', 'train.finetune', 'seed dtype'), ('finetune', 'data.load_intents', 'locale'),
     ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
     ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
-    ('merge', 'merge.merge', 'method head seed replace'), ('match-base', 'base_model.match_base', 'out seed new_head')]
+    ('merge', 'merge.merge', 'method head seed replace'), ('match-base', 'base_model.match_base', 'out seed new_head'),
+    ('compat', 'compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric seed layer estimator n')]
 
 @pytest.mark.parametrize('name,place,params', BORROWED)
 def test_help_is_the_comments_of_the_function_that_does_the_work(name, place, params, capfd):
