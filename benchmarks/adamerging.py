@@ -4,10 +4,12 @@
 
 The models have the size of XLM-R base (278 million values, 60 labels) and random values; they are written to a temporary folder
 and deleted: 1.1 GB each, so 20 sources take 23 GB of disk (--sources 5 10 takes half). A step is one batch of 16 × 32 tokens. Every
-row runs in a process of its own, whose memory that is not a file (RssAnon) is sampled from outside; the processes take turns, one
-step each, so that a busy machine slows all. `--naive` adds the way AdaMerging is usually written: the merge of K models is part of
+row runs in a process of its own, whose memory that is not a file (RssAnon) is sampled from outside. The first rows take turns of a
+few steps, so that a busy machine slows all; then the next rows do. One thread by default: threads that wait for each other count
+as CPU seconds. `--naive` adds the way AdaMerging is usually written: the merge of K models is part of
 the graph of every step."""
 import argparse,json,os,platform,statistics,subprocess,sys,tempfile,threading,time
+from contextlib import nullcontext
 from pathlib import Path
 import torch
 from merginguriel.checkpoint import *
@@ -105,16 +107,21 @@ def naive(folder, turn, steps, k):
         del merged
 
 
+def clocks():
+    "User CPU seconds, system CPU seconds, seconds"
+    t = os.times()
+    return [t.user,t.system,time.perf_counter()]
+
+
 def child(kind, folder, steps):
     "Run one variant; at each turn say what the step took and wait"
     from merginguriel.train import quiet_transformers
     quiet_transformers()
     last = []
     def turn():
-        if last: print(json.dumps([time.process_time()-last[0],time.perf_counter()-last[1]]), flush=True)
-        else: print('ready', flush=True)
+        print(json.dumps([b-a for a,b in zip(last, clocks())]) if last else 'ready', flush=True)
         if not sys.stdin.readline(): os._exit(1)
-        last[:] = [time.process_time(),time.perf_counter()]
+        last[:] = clocks()
     name,_,k = kind.partition(':')
     kw = dict(stream={}, memory=dict(keep='memory'), block=dict(scope='block'), bfloat16=dict(keep='memory', dtype=torch.bfloat16))
     if name in kw: ours(Path(folder), turn, steps, int(k), **kw[name])
@@ -138,10 +145,13 @@ class Variant:
                     if line.startswith('RssAnon'): self.anon = max(self.anon, int(line.split()[1])*1024)
             except OSError: return
             time.sleep(.01)
-    def step(self):
-        self.p.stdin.write('go\n')
-        self.p.stdin.flush()
-        self.spent.append(json.loads(self.p.stdout.readline()))
+    def turn(self, steps):
+        "Run `steps` steps; the first, after the pause, is not counted"
+        for i in range(steps):
+            self.p.stdin.write('go\n')
+            self.p.stdin.flush()
+            spent = json.loads(self.p.stdout.readline())
+            if i: self.spent.append(spent)
     def end(self):
         self.p.stdin.close()
         self.p.wait()
@@ -155,33 +165,35 @@ LABELS = dict(plain='forward + backward of one model', plain_sliced='the same, w
 def main():
     p = argparse.ArgumentParser(description='a step of adamerge against a forward and backward pass')
     p.add_argument('--sources', type=int, nargs='+', default=[5,20], help='numbers of sources')
-    p.add_argument('--steps', type=int, default=7, help='steps of each; the first two are not counted')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help="PyTorch's threads")
-    p.add_argument('--folder', default=None, help='where the temporary folder is made')
-    p.add_argument('--naive', action='store_true', help='also the merge in the graph: 12 to 17 GB of memory')
+    p.add_argument('--turns', type=int, default=3, help='turns of each row')
+    p.add_argument('--steps', type=int, default=4, help='steps in a turn; the first is not counted')
+    p.add_argument('--threads', type=int, default=1, help="PyTorch's threads")
+    p.add_argument('--models', help='folder for the models, kept; used as it is if it exists')
+    p.add_argument('--naive', action='store_true', help='also the merge in the graph: about 17 GB of memory')
     p.add_argument('--child', nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     if a.child: return child(a.child[0], a.child[1], int(a.child[2]))
     k = min(a.sources)
-    kinds = ['plain','plain_sliced',*(f'stream:{n}' for n in a.sources),f'block:{k}',f'memory:{k}',f'bfloat16:{k}']
-    with tempfile.TemporaryDirectory(dir=a.folder) as d:
-        write_models(d, max(a.sources))
-        run = {o:Variant(o, d, a.steps, a.threads) for o in kinds}
-        for _ in range(a.steps):
-            for v in run.values(): v.step()
-        for v in run.values(): v.end()
-        if a.naive:
-            v = run[f'naive:{k}'] = Variant(f'naive:{k}', d, a.steps, a.threads)
-            for _ in range(a.steps): v.step()
-            v.end()
-    cpu,wall = ({o:statistics.median(x[i] for x in v.spent[2:]) for o,v in run.items()} for i in (0,1))
-    print(f'A batch of {BATCH} × {LENGTH} tokens, {a.threads} thread(s), median of {a.steps-2} steps; '
+    groups = [['plain','plain_sliced',*(f'stream:{n}' for n in a.sources)], [f'block:{k}',f'memory:{k}',f'bfloat16:{k}'], [f'naive:{k}']]
+    run = {}
+    with nullcontext(a.models) if a.models else tempfile.TemporaryDirectory() as d:
+        Path(d).mkdir(parents=True, exist_ok=True)
+        if not any(Path(d).iterdir()): write_models(d, max(a.sources))
+        for kinds in groups[:2+a.naive]:
+            now = {o:Variant(o, d, a.turns*a.steps, a.threads) for o in kinds}
+            for _ in range(a.turns):
+                for v in now.values(): v.turn(a.steps)
+            for v in now.values(): v.end()
+            run |= now
+    user,system,wall = ({o:statistics.median(x[i] for x in v.spent) for o,v in run.items()} for i in range(3))
+    cpu = {o:statistics.median(x[0]+x[1] for x in v.spent) for o,v in run.items()}
+    print(f'A batch of {BATCH} × {LENGTH} tokens, {a.threads} thread(s), median of {a.turns*(a.steps-1)} steps; '
         f'Python {platform.python_version()}, PyTorch {torch.__version__.split("+")[0]}\n')
-    print('| step | CPU s | s | ÷ one model | ÷ sliced | anonymous memory, GB |\n|---|---|---|---|---|---|')
+    print('| step | CPU s | user | system | s | ÷ one model | ÷ sliced | anonymous memory, GB |\n|---|---|---|---|---|---|---|---|')
     for o,v in run.items():
         name,_,n = o.partition(':')
-        print(f"| {LABELS[name].format(k=n)} | {cpu[o]:.2f} | {wall[o]:.2f} | {cpu[o]/cpu['plain']:.2f} | "
+        print(f"| {LABELS[name].format(k=n)} | {cpu[o]:.2f} | {user[o]:.2f} | {system[o]:.2f} | {wall[o]:.2f} | {cpu[o]/cpu['plain']:.2f} | "
             f"{cpu[o]/cpu['plain_sliced']:.2f} | {v.anon/1e9:.2f} |")
 
 
