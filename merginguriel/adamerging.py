@@ -178,7 +178,7 @@ def _look(batches, objective):
     if not n: raise ValueError("there are no batches; give at least one")
     return n,torch.cat(ids).unique()
 
-# %% ../nbs/25_adamerging.ipynb #bc7b5778
+# %% ../nbs/25_adamerging.ipynb #57b51c5e
 class _Search:
     def __init__(self, model, plan, params, groups, fixed, rows, o):
         self.model,self.params,self.groups,self.fixed,self.o = model,params,groups,fixed,o
@@ -188,7 +188,7 @@ class _Search:
         base = {k:None if k in head else tensor_view(plan.base, k) for k in params}
         self.views = base,[{k:read(m, k) for k in params} for m in plan.sources]
         self.device = next(p.device for p in params.values() if not p.is_meta)
-        self.taus = TaskVectors(*self.views, rows, o.keep, o.dtype, self.device, 1<<16 if self.device.type=='cpu' else 1<<24)
+        self.taus = TaskVectors(*self.views, rows, o.keep, o.dtype, self.device, 1<<18 if self.device.type=='cpu' else 1<<24)
         self.learned = {k:p for k,p in params.items() if groups[k]}
         self.sparse = {k for k in params if block_name(k)=='embeddings' and params[k].dim()==2}
     def coefs(self, k, lam): return lam[self.names.index(self.groups[k])].tolist() if self.groups[k] else self.fixed
@@ -279,8 +279,9 @@ def _result(search, values, log, order, names, o, record):
     weights = frame.iloc[0].rename(None) if o.scope=='task' else frame
     return AdaResult(weights, path, log.drop(columns='classes'), histograms, table, recipe, record)
 
-# %% ../nbs/25_adamerging.ipynb #6c5c6dd1
+# %% ../nbs/25_adamerging.ipynb #4a1521c7
 def _check_options(o, n):
+    if o.vocabulary not in ('sliced','all'): raise ValueError(f"vocabulary is 'sliced' or 'all'; got {o.vocabulary!r}")
     if o.scope not in scopes: raise ValueError(f"scope is one of {', '.join(scopes)}; got {o.scope!r}")
     if o.constraint in convex_constraints and n<2: raise ValueError(f"the only coefficient of one source under {o.constraint!r} is 1; "
         "give two sources, or take constraint='clamp'")

@@ -15,7 +15,7 @@ is multiplied with the task vectors as soon as it exists and then dropped. `Task
 files, so that memory does not grow with the number of sources. `sliced_vocabulary` leaves out the words that the text
 at hand does not contain; they are most of a multilingual model, and none of them can change the loss."""
 
-# %% ../nbs/15_gradient.ipynb #4e60c3b2
+# %% ../nbs/15_gradient.ipynb #b8b5027a
 import math,mmap
 from contextlib import contextmanager
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor,nn
 from torch.nn import functional as F
 from .core import *
 from .checkpoint import *
+from .task_vector import *
 
 # %% ../nbs/15_gradient.ipynb #ce9d609d
 def _mapped(f):
@@ -41,7 +42,7 @@ def tensor_view(
     if not n or e.start%e.dtype.itemsize: return ckpt.read(k)
     return torch.frombuffer(_mapped(e.where), dtype=e.dtype, count=n, offset=e.start).reshape(e.shape)
 
-# %% ../nbs/15_gradient.ipynb #13fc2da1
+# %% ../nbs/15_gradient.ipynb #8bb21a2f
 class TaskVectors:
     "Task vectors of sources, to be written into parameters and multiplied with gradients"
     def __init__(self,
@@ -51,7 +52,7 @@ class TaskVectors:
         keep:str='stream', # 'stream' reads the sources again at each use, 'memory' keeps the task vectors
         dtype=None, # Type of the task vectors in memory; None: as stored
         device='cpu', # Where task vectors in memory are kept
-        piece:int=1<<16, # Values that are merged or multiplied at once
+        piece:int=1<<18, # Values that are merged or multiplied at once
     ):
         if keep not in ('stream','memory'): raise ValueError(f"keep is 'stream' or 'memory'; got {keep!r}")
         self.base,self.sources,self.rows,self.piece,self.are_tau = base,sources,dict(rows or {}),piece,keep=='memory'
@@ -77,7 +78,7 @@ def _pieces(tensors, rows, size, like):
         cut = at if rows is None else rows[a//width:at.stop//width]
         yield at,[t if t is None else t[cut].reshape(-1).to(like.device, like.dtype) for t in flat]
 
-# %% ../nbs/15_gradient.ipynb #c8b93029
+# %% ../nbs/15_gradient.ipynb #45483a26
 @patch
 @torch.no_grad()
 def write(
@@ -93,11 +94,12 @@ def write(
     if self.base[k] is not None and abs(rest)>1e-12: terms.append((self.base[k],rest))
     out = p.detach().view(-1)
     if not terms: out.zero_()
-    for at,parts in _pieces([t for t,_ in terms], self.rows.get(k), self.piece, p) if terms else []:
-        o = out[at]
-        for i,(t,(_,c)) in enumerate(zip(parts, terms)): o.add_(t, alpha=c) if i else torch.mul(t, c, out=o)
+    with one_thread():
+        for at,parts in _pieces([t for t,_ in terms], self.rows.get(k), self.piece, p) if terms else []:
+            o = out[at]
+            for i,(t,(_,c)) in enumerate(zip(parts, terms)): o.add_(t, alpha=c) if i else torch.mul(t, c, out=o)
 
-# %% ../nbs/15_gradient.ipynb #d4e37e58
+# %% ../nbs/15_gradient.ipynb #45d0a2d1
 @patch
 @torch.no_grad()
 def dot(
@@ -114,8 +116,9 @@ def dot(
         rows = used if rows is None else rows[used]
     total,g = torch.zeros(len(self), dtype=torch.float64, device=g.device),g.reshape(-1)
     base = None if self.are_tau else self.base[k]
-    for at,(b,*parts) in _pieces([base, *(s[k] for s in self.sources)], rows, self.piece, g):
-        for i,t in enumerate(parts): total[i] += torch.dot(t if b is None else t-b, g[at])
+    with one_thread():
+        for at,(b,*parts) in _pieces([base, *(s[k] for s in self.sources)], rows, self.piece, g):
+            for i,t in enumerate(parts): total[i] += torch.dot(t if b is None else t-b, g[at])
     return total
 
 # %% ../nbs/15_gradient.ipynb #84099e64
