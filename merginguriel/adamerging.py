@@ -361,18 +361,17 @@ def adamerge(
 
 # %% ../nbs/25_adamerging.ipynb #4435af02
 def plot_coefficients(
-    result:AdaResult, # From `adamerge`
-    ax=None, # Axes to draw on
-):
+    trajectory:pd.DataFrame, # Columns step, group, source, coefficient, as in `AdaResult`
+    ax=None, # Axes to draw on; None: new ones
+): # The axes
     "Coefficients of each source over the steps; a band where groups differ"
     import matplotlib.pyplot as plt
     if ax is None: _,ax = plt.subplots(figsize=(5,3))
-    marks = dict(zip(result.recipe['weights'], ['-','--',':','-.']*len(result.recipe['weights'])))
-    for k,d in result.trajectory.groupby('source', sort=False):
+    for i,(k,d) in enumerate(trajectory.groupby('source', sort=False)):
         g = d.groupby('step').coefficient
-        line, = ax.plot(g.mean(), marks[k], label=k)
-        if result.trajectory.group.nunique()>1: ax.fill_between(g.min().index, g.min(), g.max(), color=line.get_color(), alpha=.15, lw=0)
-    ax.set(xlabel='step', ylabel='coefficient', xlim=(0,result.trajectory.step.max()))
+        line, = ax.plot(g.mean(), ['-','--',':','-.'][i%4], label=k)
+        if d.group.nunique()>1: ax.fill_between(g.min().index, g.min(), g.max(), color=line.get_color(), alpha=.15, lw=0)
+    ax.set(xlabel='step', ylabel='coefficient', xlim=(0,trajectory.step.max()))
     ax.legend(frameon=False)
     return ax
 
