@@ -30,7 +30,7 @@ from .core import *
 from .checkpoint import *
 from .task_vector import *
 from .gradient import *
-from .unlabelled import *
+from .objective import *
 from .merge import *
 from .merge import _folder,_plan
 from .sparse import *

@@ -24,7 +24,7 @@ from .toy import *
 from .checkpoint import *
 from .base_model import *
 from .gradient import *
-from .unlabelled import *
+from .objective import *
 from .merge import *
 from .adamerging import *
 from .data import *
