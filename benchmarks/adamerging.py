@@ -1,13 +1,13 @@
 """A step of `adamerge` against a plain forward and backward pass of one model: CPU seconds, seconds and memory.
 
-    python benchmarks/adamerging.py            # add --naive where 18 GB are free
+    python benchmarks/adamerging.py            # --naive adds the merge in the graph, where much memory is free
 
 The models have the size of XLM-R base (278 million values, 60 labels) and random values; they are written to a temporary folder
 and deleted: 1.1 GB each, so 20 sources take 23 GB of disk (--sources 5 10 takes half). A step is one batch of 16 × 32 tokens. Every
 row runs in a process of its own, whose memory that is not a file (RssAnon) is sampled from outside. The first rows take turns of a
 few steps, so that a busy machine slows all; then the next rows do. One thread by default: threads that wait for each other count
-as CPU seconds. `--naive` adds the way AdaMerging is usually written: the merge of K models is part of
-the graph of every step."""
+as CPU seconds. `--naive` adds the way AdaMerging is usually written: the merge of K models is part of the
+graph of every step."""
 import argparse,json,os,platform,statistics,subprocess,sys,tempfile,threading,time
 from contextlib import nullcontext
 from pathlib import Path
@@ -169,7 +169,7 @@ def main():
     p.add_argument('--steps', type=int, default=4, help='steps in a turn; the first is not counted')
     p.add_argument('--threads', type=int, default=1, help="PyTorch's threads")
     p.add_argument('--models', help='folder for the models, kept; used as it is if it exists')
-    p.add_argument('--naive', action='store_true', help='also the merge in the graph: about 17 GB of memory')
+    p.add_argument('--naive', action='store_true', help='also the merge in the graph, all task vectors in memory: several times the memory')
     p.add_argument('--child', nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
