@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/adamerging.html.md"""
 
 # %% auto #0
 __all__ = ['constraints', 'convex_constraints', 'scopes', 'adamerging', 'project_simplex', 'Coefficients', 'start_coefficients',
-           'block_name', 'AdaResult', 'adamerge', 'plot_coefficients', 'elected_sources']
+           'AdaResult', 'adamerge', 'plot_coefficients', 'elected_sources']
 
 # %% ../nbs/25_adamerging.ipynb #7c8848f6
 """[AdaMerging](https://arxiv.org/abs/2310.02575) asks the target's own text how much of each source to take: it moves the
@@ -136,16 +136,9 @@ def start_coefficients(
 # %% ../nbs/25_adamerging.ipynb #ba795689
 scopes = ('task','block','tensor')
 
-def block_name(
-    k:str, # Name of a tensor
-)->str: # 'embeddings', 'layer 0', 'layer 1', … or 'other'
-    "The block of the encoder to which tensor `k` belongs"
-    if m := re.search(r'(?:^|\.)(?:layers?|blocks?|h)\.(\d+)\.', k): return f'layer {m[1]}'
-    return 'embeddings' if 'embed' in k or re.search(r'(^|\.)(wte|wpe)\.', k) else 'other'
-
 def _groups(plan, scope, convex):
     "Tensor name -> group; a head that is not learned has none"
-    out = {k:dict(task='all', block=block_name(k), tensor=k)[scope] for k in plan.body}
+    out = {k:dict(task='all', block=tensor_block(k), tensor=k)[scope] for k in plan.body}
     return out | {k:('all' if scope=='task' else 'head') if convex else None for k in plan.heads}
 
 # %% ../nbs/25_adamerging.ipynb #2167c354
@@ -190,7 +183,7 @@ class _Search:
         self.device = next(p.device for p in params.values() if not p.is_meta)
         self.taus = TaskVectors(*self.views, rows, o.keep, o.dtype, self.device, 1<<18 if self.device.type=='cpu' else 1<<24)
         self.learned = {k:p for k,p in params.items() if groups[k]}
-        self.sparse = {k for k in params if block_name(k)=='embeddings' and params[k].dim()==2}
+        self.sparse = {k for k in params if tensor_block(k)=='embeddings' and params[k].dim()==2}
     def coefs(self, k, lam): return lam[self.names.index(self.groups[k])].tolist() if self.groups[k] else self.fixed
     def write(self, lam):
         for k,p in self.params.items(): self.taus.write(p, k, self.coefs(k, lam))

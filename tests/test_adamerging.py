@@ -10,7 +10,7 @@ from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.core import IncompatibleError
 from merginguriel.gradient import *
 from merginguriel.merge import merge, merge_state_dicts, methods
-from merginguriel.task_vector import TensorNamesError
+from merginguriel.task_vector import TensorNamesError, tensor_block
 from merginguriel.toy import toy_base, toy_rows, toy_sources
 from merginguriel.objective import Objective
 
@@ -67,7 +67,7 @@ def merged(toy, lam, groups, names, fixed):
 @pytest.mark.parametrize('scope', scopes)
 def test_gradient_is_autograd_and_finite_differences(toy, scope, constraint):
     r,lam,g = first_gradient(toy, scope, constraint)
-    name = lambda k: dict(task='all', block=block_name(k), tensor=k)[scope]
+    name = lambda k: dict(task='all', block=tensor_block(k), tensor=k)[scope]
     head = ('all' if scope=='task' else 'head') if constraint=='softmax' else None
     names = {k:head if k.startswith('classifier') else name(k) for k in toy.b}
     groups = list(r.trajectory.group.unique())
