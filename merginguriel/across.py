@@ -31,7 +31,8 @@ def by_target(
     "The results of each target"
     if not results: raise ValueError("give at least one result")
     recipe = lambda r: config_hash({k:v for k,v in r.experiment.config().items() if k not in ('target','seed','contract')})
-    if len({recipe(r) for r in results})>1: raise ValueError("the results are of several recipes; compare runs that differ in target and seed")
+    if len({recipe(r) for r in results})>1: raise ValueError("the results are of several recipes; compare runs that "
+        "differ in target and seed")
     out = {}
     for r in results: out.setdefault(r.experiment.target, []).append(r)
     seeds = {t:sorted(r.experiment.seed for r in rs) for t,rs in out.items()}
@@ -104,7 +105,8 @@ def plot_across(
             color=['white' if v=='no difference shown' else colour for v in d.verdict])
     ax.axvline(0, color='k', lw=1.2)
     ax.set(yticks=range(len(order)), yticklabels=order, xlabel=f"gain over {gains.b.iloc[0]} (points)")
-    for h in ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1)).legend_handles: h.set_facecolor(h.get_edgecolor())
+    legend = ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
+    for h in legend.legend_handles: h.set_facecolor(h.get_edgecolor())
     return ax
 
 # %% ../nbs/54_across.ipynb #1ad3be50

@@ -283,7 +283,7 @@ def plot_quirks(
     for side in ('left','right','top'): ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/55_quirks.ipynb #2cdd7be4
+# %% ../nbs/55_quirks.ipynb #00ff17f3
 def quirk_answer(
     means:pd.DataFrame, # `mean_gains` of `quirk_costs`
     data:str, # What the numbers are of, e.g. 'MASSIVE with the mini base'
@@ -293,6 +293,7 @@ def quirk_answer(
     m = means[means.a.isin(quirks)].sort_values('gain')
     sure = m.holm<=.05
     say = lambda d: '; '.join(f"{quirks[r.a].title} {100*r.gain:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]" for r in d.itertuples())
-    parts = [f'{k}: {say(d)}' for k,d in (('worse', m[sure&(m.gain<0)]), ('better', m[sure&(m.gain>0)]), ('not shown to differ', m[~sure])) if len(d)]
+    kinds = {'worse':m[sure&(m.gain<0)], 'better':m[sure&(m.gain>0)], 'not shown to differ':m[~sure]}
+    parts = [f'{k}: {say(d)}' for k,d in kinds.items() if len(d)]
     return (f"{data}, mean over {m.targets.iloc[0]} targets with {n_seeds} seed{'s'*(n_seeds>1)} each, the published way against the right "
         f"one — {' — '.join(parts)}.")
