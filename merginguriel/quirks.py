@@ -259,7 +259,13 @@ def quirk_costs(
         frames.append(differences(a, b, (q if v=='published' else f'{q}: {v}', 'right'), groups))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/55_quirks.ipynb #f733a9df
+# %% ../nbs/55_quirks.ipynb #7450d5f2
+def _points(r):
+    "Mean and interval in points, with a second decimal where the first says nothing"
+    x = [100*o for o in (r.gain,r.low,r.high)]
+    m,l,h = (f'{o:+.{2 if max(map(abs, x))<.5 else 1}f}'.replace('-','−') for o in x)
+    return f'{m} [{l}, {h}]'
+
 def plot_quirks(
     costs:pd.DataFrame, # From `quirk_costs`
     means:pd.DataFrame, # `mean_gains` of it
@@ -268,22 +274,24 @@ def plot_quirks(
     "Cost of each quirk: the mean over targets with its interval, a dot for each target; the dearest on top"
     from matplotlib import pyplot as plt
     m = means[means.a.isin(quirks)].sort_values('gain', ascending=False).reset_index(drop=True)
-    if ax is None: ax = plt.subplots(figsize=(8.2, .9+.62*len(m)))[1]
+    if ax is None: ax = plt.subplots(figsize=(6.5, .9+.62*len(m)))[1]
     for y,r in m.iterrows():
         x = 100*costs[costs.a==r.a].gain
         ax.scatter(x, y-.22+.1*(np.arange(len(x))%2-.5), s=9, color='#999999', lw=0)
         ax.hlines(y, 100*r.low, 100*r.high, color='#0072b2', lw=3)
-        ax.plot(100*r.gain, y, 'D', color='#0072b2', ms=7, mfc='#0072b2' if r.low>0 or r.high<0 else 'white')
-        ax.text(1.02, y, f'{100*r.gain:+.1f} [{100*r.low:+.1f}, {100*r.high:+.1f}]'.replace('-','−'), va='center',
-            transform=ax.get_yaxis_transform(), fontsize='small')
+        ax.plot(100*r.gain, y, 'D', color='#0072b2', ms=7, mfc='#0072b2' if r.holm<=.05 else 'white')
+        ax.text(1.02, y, _points(r), va='center', transform=ax.get_yaxis_transform(), fontsize='small')
         ax.text(-.02, y+.12, quirks[r.a].title, va='bottom', ha='right', transform=ax.get_yaxis_transform(), weight='bold')
         ax.text(-.02, y+.08, quirks[r.a].means, va='top', ha='right', transform=ax.get_yaxis_transform(), fontsize='small', color='#555555')
     ax.axvline(0, color='k', lw=1.2)
-    ax.set(yticks=[], ylim=(-.6, len(m)-.4), xlabel='points of test accuracy that the published way costs (left) or gains (right)')
+    n = m.targets.iloc[0]
+    ax.set(yticks=[], ylim=(-.6, len(m)-.4), xlabel='test accuracy, published way minus right way (points)\n'
+        f'diamond and bar: mean over {n} languages and its 95 % interval; dots: languages')
+    ax.text(1.02, len(m)-.45, 'points [95 %]', transform=ax.get_yaxis_transform(), fontsize='small', color='#555555')
     for side in ('left','right','top'): ax.spines[side].set_visible(False)
     return ax
 
-# %% ../nbs/55_quirks.ipynb #00ff17f3
+# %% ../nbs/55_quirks.ipynb #bd35b7c0
 def quirk_answer(
     means:pd.DataFrame, # `mean_gains` of `quirk_costs`
     data:str, # What the numbers are of, e.g. 'MASSIVE with the mini base'
@@ -292,8 +300,8 @@ def quirk_answer(
     "Which quirks cost something, dearest first"
     m = means[means.a.isin(quirks)].sort_values('gain')
     sure = m.holm<=.05
-    say = lambda d: '; '.join(f"{quirks[r.a].title} {100*r.gain:+.1f} points [{100*r.low:+.1f}, {100*r.high:+.1f}]" for r in d.itertuples())
+    say = lambda d: '; '.join(f"{quirks[r.a].title} {_points(r)}" for r in d.itertuples())
     kinds = {'worse':m[sure&(m.gain<0)], 'better':m[sure&(m.gain>0)], 'not shown to differ':m[~sure]}
     parts = [f'{k}: {say(d)}' for k,d in kinds.items() if len(d)]
     return (f"{data}, mean over {m.targets.iloc[0]} targets with {n_seeds} seed{'s'*(n_seeds>1)} each, the published way against the right "
-        f"one — {' — '.join(parts)}.")
+        f"one, in points — {' — '.join(parts)}.")
