@@ -166,8 +166,8 @@ def matrix_correlations(
 )->pd.DataFrame: # One row per pair of matrices: a, b, correlation, p, holm
     "Mantel's test of every two matrices, corrected over all"
     ms = list(matrices)
-    rows = [dict(a=a, b=b, **dict(zip(('correlation','p'), mantel(matrices[a], matrices[b], n)))) for i,a in enumerate(ms) for b in ms[i+1:]]
-    df = pd.DataFrame(rows)
+    rows = [(a,b,*mantel(matrices[a], matrices[b], n)) for i,a in enumerate(ms) for b in ms[i+1:]]
+    df = pd.DataFrame(rows, columns=['a','b','correlation','p'])
     return df.assign(holm=holm(df.p))
 
 def pair_predictions(
