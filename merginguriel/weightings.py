@@ -195,6 +195,6 @@ def weighting_answer(
         r = means[(means.a==a)&(means.b==b)].iloc[0]
         word = 'not shown to differ from' if r.holm>.05 else 'above' if r.gain>0 else 'below'
         return f"{word} {b} ({100*r.gain:+.2f} points [{100*r.low:+.2f}, {100*r.high:+.2f}], corrected p {r.holm:.3g})"
-    parts = [f"{m} weights moved by {moves.mean_largest[m]:.3f} at most on average and are {say(m, 'similarity')}" +
+    parts = [f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is {say(m, 'similarity')}" +
         ''.join(f" and {say(m, b)}" for b in means[(means.a==m)&(means.b!='similarity')].b) for m in measures]
     return f"Over {means.targets.iloc[0]} targets, {'; '.join(parts)}."
