@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/compatibility.html.md"""
 # %% auto #0
 __all__ = ['matrix_files', 'Products', 'kept_digest', 'measure_products', 'task_vector_cosine', 'layer_cosine', 'sign_agreement',
            'subspace_overlap', 'mean_compatibility', 'compatibility_weights', 'shuffled',
-           'CompatibilityWeightCalculator', 'read_matrix', 'plot_compatibility']
+           'CompatibilityWeightCalculator', 'read_matrix', 'compatibility_order', 'plot_compatibility']
 
 # %% ../nbs/14_compatibility.ipynb #fd86291b
 """Two models may each transfer well and disturb each other in a merge. Compatibility is measured on pairs, from their
@@ -359,15 +359,32 @@ def read_matrix(
         raise CheckpointError(f"{path} is not a symmetric matrix of finite numbers; compute it again")
     return m
 
+# %% ../nbs/14_compatibility.ipynb #cc00e489
+def compatibility_order(
+    matrix:pd.DataFrame, # Compatibility, names × names
+    by:str='mean', # 'mean' (the most compatible first) or 'cluster' (compatible names beside each other)
+)->list: # Names; those that are unknown come last
+    "The order in which `matrix` is drawn"
+    if by not in ('mean','cluster'): raise ValueError(f"by is 'mean' or 'cluster'; got {by!r}")
+    off = matrix.mask(np.eye(len(matrix), dtype=bool))
+    order = list(off.mean().sort_values(ascending=False).index)
+    if by=='mean': return order
+    from scipy.cluster.hierarchy import leaves_list,linkage,optimal_leaf_ordering
+    known = [o for o in order if off[o].notna().any()]
+    if len(known)<3: return order
+    d = (off.loc[known,known].max(axis=None)-off.loc[known,known]).to_numpy()[np.triu_indices(len(known), 1)]
+    leaves = leaves_list(optimal_leaf_ordering(linkage(d, 'average'), d))
+    return [known[j] for j in leaves] + [o for o in order if o not in known]
+
 # %% ../nbs/14_compatibility.ipynb #b05b61a2
 def plot_compatibility(
     matrix:pd.DataFrame, # Compatibility, names × names
     ax=None, # Axes to draw on; None: new ones
+    by:str='mean', # Order of the names: 'mean' or 'cluster'
 ): # The axes
-    "Heat map of `matrix`, the most compatible name first; grey where unknown"
+    "Heat map of `matrix`; grey where unknown"
     import matplotlib.pyplot as plt
-    off = matrix.mask(np.eye(len(matrix), dtype=bool))
-    order = off.mean().sort_values(ascending=False).index
+    off,order = matrix.mask(np.eye(len(matrix), dtype=bool)),compatibility_order(matrix, by)
     ax = ax or plt.subplots(figsize=(2+.3*len(order), 1.4+.3*len(order)))[1]
     ax.set_facecolor('.8')
     im = ax.imshow(off.loc[order,order], cmap='viridis')

@@ -36,6 +36,8 @@ from .train import *
 from .evaluate import *
 from .adapt import *
 from .significance import *
+from .compatibility import *
+from .compute_compatibility_matrix import *
 from .store import *
 
 # %% ../nbs/51_experiment.ipynb #20ed552c
@@ -49,6 +51,8 @@ class Experiment:
     candidates:tuple=() # Locales that have or get a model, all of them trained; (): any of the data set, training only the chosen
     similarity:str='uriel' # 'uriel' (typology, touches nothing of the target) or 'real' (accuracy on the target's labelled dev)
     weighting:str='proportional' # 'uniform', 'proportional' or 'softmax', over the similarity
+    compatibility:str='' # One of `compatibilities`: each weight times its source's mean with the other sources; '': as they are
+    shuffled:int|None=None # Control: seed of a permutation that gives each source another's compatibilities; None: its own
     target_weight:float|None=None # IncTar: weight of the target's own model in [0, 1]; None: 1/(k+1)
     methods:tuple=('linear','task_arithmetic','ties') # Names of merge methods, or dicts such as {'method':'ties','density':.1}
     head:str='average' # Head policy: 'average', 'best' or 'base'
@@ -77,13 +81,15 @@ def contract(self:Experiment, sources=())->dict: # The record of `check_contract
     "What this run touches of the target, checked against what its mode allows"
     touched = set([] if self.sources else touched_by(self.similarity)) - {'none'}
     touched |= {f"unlabelled_{text_of(m)}" for m in self.methods if text_of(m)}
+    touched |= {'unlabelled_dev'} if self.compatibility=='cka_target' else set()
     return check_contract(self.include_target, touched or 'none', oracle=self.oracle, target=self.target, sources=sources)
 
 # %% ../nbs/51_experiment.ipynb #6d64834b
 @patch
 def config(self:Experiment)->dict: # Plain values
     "What the store keeps of this experiment: its fields, and what they touch of the target"
-    return asdict(self) | dict(contract=self.contract())
+    c = asdict(self) | dict(contract=self.contract())
+    return c if self.compatibility else {k:v for k,v in c.items() if k not in ('compatibility','shuffled')} # An id from before them holds
 
 @patch(as_prop=True)
 def id(self:Experiment)->str: # 16 hexadecimal digits
@@ -155,6 +161,9 @@ def check(self:Experiment)->dict: # The contract's record
     for m in self.methods: _check_method(*_method(m))
     dup = [method_label(m) for m in self.methods]
     if len(set(dup))<len(dup): raise ValueError(f"each method once; got {dup}")
+    if self.compatibility not in ('',*compatibilities):
+        raise ValueError(f"compatibility is one of {', '.join(compatibilities)}, or empty; got {self.compatibility!r}")
+    if self.shuffled is not None and not self.compatibility: raise ValueError("shuffled is the control of a compatibility; name one")
     pool = self.pool()
     if self.target in self.sources: raise ValueError(f"{self.target} is the target; include_target=True keeps its model")
     if not self.sources and not 1<=self.k<=len(pool):
@@ -230,6 +239,24 @@ def merged_weights(self:Experiment,
     if len(weights)<2: raise ValueError("drop_heaviest leaves nothing of one source; take k=2 or more")
     rest = weights.drop(weights.idxmax())
     return rest/rest.sum()
+
+# %% ../nbs/51_experiment.ipynb #b75924b4
+@patch
+def compatible(self:Experiment,
+    weights:pd.Series, # From `select`, heaviest first
+    models:dict, # Locale -> model folder, at least of the sources
+    out='runs', # Folder where measurements are kept
+    device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+)->pd.Series: # Name -> weight, sums to 1, heaviest first
+    "The weights times mean compatibility, where the experiment asks for it"
+    w = weights.drop(self.target, errors='ignore')
+    if not self.compatibility or len(w)<2: return weights
+    m = measure_compatibility(self.compatibility, self.start(), {o:models[o] for o in w.index}, lambda o: self.dataset_of(o,'dev'),
+        self.target if self.compatibility=='cka_target' else w.index[0], Path(out)/'compatibility', device=device)
+    if self.shuffled is not None: m = shuffled(m, derive_seed(self.shuffled, self.target, self.seed))
+    new = weights.copy()
+    new[w.index] = compatibility_weights(w, m)*w.sum()
+    return new.loc[sorted(new.index, key=lambda o: (-round(new[o],12),o))]
 
 # %% ../nbs/51_experiment.ipynb #35df7ce1
 @patch
@@ -315,10 +342,9 @@ def run(
     e,clock = experiment,[time.time()]
     e.check()
     sim = e.similarity_matrix(out, progress)
-    weights = e.select(sim)
-    contract = e.contract(list(weights.index))
-    used = e.merged_weights(weights)
-    trained = list(dict.fromkeys([*weights.index, *e.candidates, e.target]))
+    chosen = e.select(sim)
+    contract = e.contract(list(chosen.index))
+    trained = list(dict.fromkeys([*chosen.index, *e.candidates, e.target]))
     with tqdm(total=len(trained)+len(e.methods)+2, disable=not progress) as bar:
         def step(text): bar.set_description(text); bar.update()
         models = {}
@@ -326,6 +352,8 @@ def run(
             models[o] = e.train(o, out, progress, device)
             step(f'fine-tuned {o}')
         clock.append(time.time())
+        weights = e.compatible(chosen, models, out, device)
+        used = e.merged_weights(weights)
         sources = {o:models[o] for o in used.index}
         merged = {}
         for m in e.methods:
