@@ -278,7 +278,7 @@ def scores(self:Store,
         if k not in df.columns:
             near = difflib.get_close_matches(k, df.columns, 3, .5) or list(df.columns)
             raise KeyError(f"no score and no configuration has a field {k!r}; did you mean {', '.join(near)}?")
-        df = df[[_matches(o, v) for o in df[k].astype(object)]]
+        df = df.loc[[_matches(o, v) for o in df[k].astype(object)]]
     return df.reset_index(drop=True)
 
 # %% ../nbs/50_store.ipynb #48e890c1
