@@ -259,11 +259,12 @@ def quirk_costs(
         frames.append(differences(a, b, (q if v=='published' else f'{q}: {v}', 'right'), groups))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/55_quirks.ipynb #7450d5f2
+# %% ../nbs/55_quirks.ipynb #3fa17295
 def _points(r):
     "Mean and interval in points, with a second decimal where the first says nothing"
     x = [100*o for o in (r.gain,r.low,r.high)]
-    m,l,h = (f'{o:+.{2 if max(map(abs, x))<.5 else 1}f}'.replace('-','−') for o in x)
+    d = 2 if max(map(abs, x))<.5 else 1
+    m,l,h = (f'{round(o, d)+0.:+.{d}f}'.replace('-','−') for o in x) # + 0. makes −0 a 0
     return f'{m} [{l}, {h}]'
 
 def plot_quirks(
