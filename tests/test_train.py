@@ -288,6 +288,15 @@ def test_dropout_is_that_of_the_base_unless_given(base, tmp_path):
 
 # the record
 
+def test_a_base_with_another_tokenizer_or_configuration_is_another(base, tmp_path):
+    same = shutil.copytree(base, tmp_path/'same')
+    assert T.model_digest(same)==T.model_digest(base)
+    for name in ('tokenizer.json','config.json'):
+        other = shutil.copytree(base, tmp_path/name)
+        said = json.loads((other/name).read_text())
+        (other/name).write_text(json.dumps(said|dict(added=1)))
+        assert T.model_digest(other)!=T.model_digest(base)
+
 def test_the_record(base, train, dev, short):
     r = training_record(short)
     assert {'key','base','data','n','dev','labels','seed','dtype','options','best_epoch','history','seconds','device','versions'}==set(r)
@@ -295,7 +304,7 @@ def test_the_record(base, train, dev, short):
     assert r['options']==asdict(train_options(base, epochs=2)) and \
         set(r['options'])=={f.name for f in fields(TrainOptions)}
     assert (r['data'],r['dev'])==(train._fingerprint,dev._fingerprint)
-    assert r['base']==open_checkpoint(add_head(base, toy_labels, seed=0)).digest()
+    assert r['base']==T.model_digest(add_head(base, toy_labels, seed=0))
     assert [set(h) for h in r['history']]==[{'epoch','loss','dev_accuracy'}]*2 and \
         [h['epoch'] for h in r['history']]==[1,2]
     assert set(r['versions'])=={'merginguriel','torch','python'} and r['seconds']>=0
