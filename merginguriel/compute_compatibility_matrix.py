@@ -123,18 +123,15 @@ def measure_compatibility(
     data, # Function from a locale to its data set with `text`, and for 'cross_head' `label`; called only where texts are read
     reads:str, # Locale whose texts CKA reads
     cache, # Folder where measurements are kept
-    n:int=500, # Texts of a locale, at least 4, at equal distances: a data set may be sorted by intent
+    n:int=500, # Texts of a locale, the first ones, at least 4
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->pd.DataFrame: # Names × names, symmetric
     "Compatibility of all pairs of `models` by `measure`"
     if measure not in compatibilities: raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {measure!r}")
-    def some(locale):
-        d = data(locale)
-        return d.select(np.linspace(0, len(d)-1, min(n, len(d))).round().astype(int))
-    see = lambda k,locale: model_features(models[k], list(some(locale)['text']), cache, device=device)[0]
+    see = lambda k,locale: model_features(models[k], list(data(locale)['text'][:n]), cache, device=device)[0]
     if measure=='subspace': return subspace_overlap(base, models)
     if measure=='cross_head':
-        labels = {k:list(some(k)['label']) for k in models}
+        labels = {k:data(k)['label'][:n] for k in models}
         m = cross_head_accuracy({k:see(k, k) for k in models}, {k:_head_of(o) for k,o in models.items()}, labels)[list(models)]
         return (m+m.to_numpy().T)/2
     if measure.startswith('cka'):
