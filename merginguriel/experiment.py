@@ -314,8 +314,7 @@ def record(self:Result,
 )->str: # Hash under which the scores are found
     "Write every accuracy and weight of this result to `store`"
     o = dict(locale=self.experiment.target, split='test')
-    rows = [o|dict(name=k, metric='accuracy', value=a.value, n=a.n, low=a.low, high=a.high, correct=a.correct)
-        for k,a in self.accuracies.items()]
+    rows = [a.row(**o, name=k) for k,a in self.accuracies.items()]
     rows += [o|dict(name=f'source:{k}', metric='weight', value=float(w)) for k,w in self.weights.items()]
     return Store(store).record(self.experiment.config(), rows)
 

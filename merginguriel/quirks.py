@@ -240,8 +240,7 @@ def measure(
         found[q] = e.test_models({k:v.path for k,v in made.items()}, out, device)
         for k,a in found[q].items():
             config = made[k].experiment.config() | made[k].said | dict(quirk=q, variant=k, quirk_options=o)
-            row = dict(name=k, locale=e.target, split='test', metric='accuracy', value=a.value, n=a.n, low=a.low, high=a.high)
-            Store(store or Path(out)/'store.sqlite').record(config, [row|dict(correct=a.correct)])
+            Store(store or Path(out)/'store.sqlite').record(config, [a.row(name=k, locale=e.target, split='test')])
     return found
 
 # %% ../nbs/55_quirks.ipynb #1ba1b80f

@@ -74,10 +74,10 @@ def score_weights(
     e.contract(list(weights.index))
     try: c = s.correct(e.id, method_label(m), e.target, 'test', by_id=True).rename_axis('id')
     except MissingDataError: c = None
-    if c is not None: return weights,Accuracy(float(c.mean()), *wilson(c.sum(), len(c)), len(c), c)
+    if c is not None: return weights,accuracy_of(c)
     with tempfile.TemporaryDirectory(dir=out) as d:
         a = e.test_models({'x':e.merge_one(m, sources, e.merged_weights(weights), d, device)}, d, device)['x']
-    rows = [o|dict(name=method_label(m), metric='accuracy', value=a.value, n=a.n, low=a.low, high=a.high, correct=a.correct)]
+    rows = [a.row(**o, name=method_label(m))]
     rows += [o|dict(name=f'source:{k}', metric='weight', value=float(w)) for k,w in weights.items()]
     s.record(e.config(), rows)
     return weights,a
