@@ -24,9 +24,10 @@ from .base_model import *
 head_policies = ('average','best','base') # Mean of the sources' heads, the heaviest source's, the base's
 
 def model_folder(
-    path, # Path of a folder or a file, or a dictionary of tensors
+    path, # Path of a folder or a file, an open `Checkpoint`, or a dictionary of tensors
 )->Path|None: # Its folder, where that has a config.json
     "The model folder that `path` is or lies in"
+    path = getattr(path, 'path', path)
     p = Path(path) if isinstance(path, (str,Path)) else None
     p = p.parent if p and p.is_file() else p
     return p if p and (p/'config.json').is_file() else None
