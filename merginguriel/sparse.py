@@ -26,15 +26,20 @@ from .merge import *
 # %% ../nbs/22_sparse.ipynb #ec3e29e8
 Kth = namedtuple('Kth', 'value left equal') # Value; how many of its equals are among the k largest; how many there are
 
-def _digits(counts, x, prefix, shift):
-    "Add to `counts` the 16 bits above `shift` of each magnitude that begins with `prefix`"
-    kind = torch.int64 if x.dtype==torch.float64 else torch.int32
-    for c,row,p in zip(counts, x, prefix):
-        bits = row.abs().view(kind)
-        if p is not None: # Few have this beginning; NumPy picks them faster
-            b = bits.numpy()
-            bits = torch.from_numpy(b[(b>=p<<shift+16)&(b<p+1<<shift+16)])
-        c += torch.bincount(bits>>shift&0xffff, minlength=1<<16)
+class _Digits:
+    "How often each 16 bits above `shift` occur in the magnitudes of one row that begin with `prefix`"
+    def __init__(self, prefix, shift): self.prefix,self.shift,self.counts,self.waiting = prefix,shift,torch.zeros(1<<16).long(),[]
+    def add(self, x):
+        bits = x.abs().view(torch.int64 if x.dtype==torch.float64 else torch.int32)
+        if (p := self.prefix) is not None: # Few have this beginning; NumPy picks them faster
+            b,s = bits.numpy(),self.shift+16
+            bits = torch.from_numpy(b[(b>=p<<s)&(b<p+1<<s)])
+        self.waiting.append(bits)
+        if sum(map(len, self.waiting))>=1<<18: self.total()
+    def total(self):
+        if self.waiting: self.counts += torch.bincount(torch.cat(self.waiting)>>self.shift&0xffff, minlength=1<<16)
+        self.waiting = []
+        return self.counts
 
 # %% ../nbs/22_sparse.ipynb #1a92b6a3
 def kth_magnitude(
@@ -49,8 +54,10 @@ def kth_magnitude(
 def _kth(chunks, k, n, dtype):
     prefix,left = [None]*n,torch.full((n,), k)
     for shift in range(16 if dtype==torch.float32 else 48, -1, -16):
-        counts = torch.zeros(n, 1<<16, dtype=torch.int64)
-        for x in chunks(): _digits(counts, x.to('cpu', dtype), prefix, shift)
+        digits = [_Digits(p, shift) for p in prefix]
+        for x in chunks():
+            for d,row in zip(digits, x.to('cpu', dtype)): d.add(row)
+        counts = torch.stack([d.total() for d in digits])
         if k>(d := int(counts[0].sum())) and prefix[0] is None: raise ValueError(f"the {k}-th largest of {d} values")
         above = counts.flip(1).cumsum(1).flip(1) # How many have this digit or a larger one
         digit = (above>=left[:,None]).sum(1)-1
