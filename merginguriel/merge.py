@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/merge.html.md"""
 
 # %% auto #0
 __all__ = ['Block', 'methods', 'Traits', 'Methods', 'register', 'check_weights', 'check_hyperparameters', 'Scan',
-           'merge_state_dicts', 'MergeReport', 'merge']
+           'merge_state_dicts', 'MergeCost', 'merge_cost', 'MergeReport', 'merge']
 
 # %% ../nbs/20_merge.ipynb #09f512af
 """A merge method is a pure function of one tensor, `(base, taus, weights, **hyperparameters) -> merged`. It
@@ -17,8 +17,8 @@ record of what went into it. `merge_state_dicts` is the same loop for models in 
 handed in is used, or the merge is an error."""
 
 # %% ../nbs/20_merge.ipynb #c818d8ea
-import difflib,importlib,inspect,itertools,json,math,platform
-from collections import namedtuple
+import difflib,importlib,inspect,itertools,json,math,platform,time
+from collections import Counter,namedtuple
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass,field
@@ -148,7 +148,7 @@ class Scan:
         sources:dict, # Name -> open `Checkpoint`
         keys:list, # Tensors to merge, sorted
         max_elements, # Values in a block; None: whole tensors
-    ): self.base,self.sources,self.keys,self.max_elements = base,sources,keys,max_elements
+    ): self.base,self.sources,self.keys,self.max_elements,self.walked = base,sources,keys,max_elements,0
     def __call__(self,
         keys=None, # Some of the tensors; None: all
     ):
@@ -158,6 +158,7 @@ class Scan:
         keys=None, # Some of the tensors; None: all
     ): # Yields its results in order
         "Apply `f` to every block"
+        self.walked += self.size(keys)
         def work(block): return f(block, *read_block(self.base, self.sources, block.key, block.rows))
         return (map if self.max_elements is None else overlapped)(work, self.blocks(keys))
     def blocks(self,
@@ -257,6 +258,8 @@ def _terms(plan, coefs):
 
 def _linear_blocks(plan, coefs):
     terms = {k:_terms(plan, coefs(k) if callable(coefs) else coefs) for k in plan.body}
+    scan = plan.scan = Scan(plan.sources[plan.first], {}, plan.body, plan.max_elements)
+    scan.walked = scan.size()
     def work(block):
         k,rows,*_ = block
         t = None
@@ -264,7 +267,7 @@ def _linear_blocks(plan, coefs):
             o = m.read(k, rows, copy=False).double()
             t = o*c if t is None else t.add_(o, alpha=c)
         return k,rows,_stored(plan, k, rows, t)
-    return overlapped(work, Scan(plan.sources[plan.first], {}, plan.body, plan.max_elements).blocks())
+    return overlapped(work, scan.blocks())
 
 def _coefficients(plan):
     "None, one coefficient for each source, or a function from the name of a tensor to them"
@@ -277,7 +280,7 @@ def _coefficients(plan):
 # %% ../nbs/20_merge.ipynb #1948d5ff
 def _method_blocks(plan):
     fn,t = methods[plan.method],methods.traits(plan.method)
-    scan = Scan(plan.base, plan.sources, plan.body, plan.max_elements)
+    scan = plan.scan = Scan(plan.base, plan.sources, plan.body, plan.max_elements)
     w = torch.tensor(plan.weights.values)
     given = t.prepare(scan, list(plan.sources), w, **plan.hp) if t.prepare else lambda block: {}
     def work(block, b, taus):
@@ -326,6 +329,50 @@ def merge_state_dicts(
     return out
 
 def _threads(plan): return nullcontext() if plan.max_elements is None else one_thread()
+
+# %% ../nbs/20_merge.ipynb #043583e0
+@dataclass
+class MergeCost:
+    "What a merge will read, write and take"
+    passes:float # How often each value is read, at most
+    read:int # Bytes read in all passes
+    written:int # Bytes written
+    seconds:float # CPU seconds, from a sample; the files are taken to be in the page cache
+    def __repr__(self):
+        return (f"reads {self.read/1e9:.3g} GB in {self.passes:.3g} pass{'es'*(self.passes>1)}, writes {self.written/1e9:.3g} GB, "
+            f"takes about {self.seconds:.2g} CPU seconds")
+
+def _sample(plan, values):
+    "Name and rows of what a method is tried on: part of the largest tensor, or the commonest matrix"
+    shape = plan.sources[plan.first].shape
+    if plan.max_elements is None and (kinds := Counter(shape(k) for k in plan.body if len(shape(k))==2)):
+        return next(k for k in plan.body if shape(k)==kinds.most_common(1)[0][0]),None
+    big = max(plan.body, key=lambda k: math.prod(shape(k)))
+    return big,row_blocks(shape(big), values)[0]
+
+# %% ../nbs/20_merge.ipynb #3fafa5b1
+def merge_cost(
+    base, # As for `merge`
+    sources:dict, # As for `merge`
+    method:str='linear', # Name in `methods`
+    weights=None, # As for `merge`
+    head:str='average', # As for `merge`
+    seed:int=0, # As for `merge`
+    values:int=1<<22, # Values of each model that the method is tried on
+    **hp, # Hyperparameters of the method
+)->MergeCost:
+    "What `merge` with these arguments will cost"
+    p = _plan(base, sources, method, weights, head, seed, True, True, 1<<17, hp)
+    first,(k,rows) = p.sources[p.first],_sample(p, values)
+    nbytes = lambda keys: sum(math.prod(first.shape(o))*p.dtypes[o].itemsize for o in keys)
+    size,total,c = len(p.sources),nbytes(p.body),_coefficients(p)
+    size += p.base is not None and not (c and not callable(c) and abs(1-math.fsum(c))<1e-12) # Where they sum to 1 it is not read
+    cut = lambda m: m and open_checkpoint({k:m.read(k, rows)})
+    p.base,p.sources,p.body,p.heads,p.others = cut(p.base),{o:cut(m) for o,m in p.sources.items()},[k],[],[]
+    start,n = time.process_time(),math.prod(p.sources[p.first].shape(k))
+    for _ in _merged(p): pass
+    spent,passes = time.process_time()-start,p.scan.walked/n
+    return MergeCost(passes, int(passes*total*size), nbytes(p.dtypes), spent*total/(n*p.dtypes[k].itemsize))
 
 # %% ../nbs/20_merge.ipynb #1b61f656
 def _path(o): return str(o) if isinstance(o, (str,Path)) else None

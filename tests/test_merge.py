@@ -6,7 +6,7 @@ import torch
 from merginguriel.base_model import add_head, head_keys, match_base
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.core import CheckpointError, IncompatibleError
-from merginguriel.merge import merge, merge_state_dicts, methods
+from merginguriel.merge import merge, merge_cost, merge_state_dicts, methods
 from merginguriel.toy import toy_base, toy_sources
 
 @pytest.fixture(scope='module')
@@ -279,3 +279,12 @@ def test_files_and_dictionaries_mix(toy, tmp_path):
     a = merge(base, files, tmp_path/'a', 'ties').path
     b = merge_state_dicts(tensors(base), {k:tensors(p) for k,p in sources.items()}, 'ties')
     assert same(tensors(a), b) and (a/'tokenizer.json').exists()
+
+def test_the_cost_of_a_merge():
+    "Bytes and passes are counted, not guessed; the base is not read where the coefficients sum to 1"
+    base = {'a.weight':torch.zeros(6,4), 'classifier.weight':torch.ones(2,4)}
+    models = {k:{n:v+i+1 for n,v in base.items()} for i,k in enumerate(['x','y'])}
+    cost = {m:merge_cost(base, models, m) for m in ('linear','task_arithmetic','ties')}
+    assert [c.read for c in cost.values()] == [2*96, 3*96, 3*96*cost['ties'].passes]
+    assert [c.passes for c in cost.values()] == [1, 1, cost['ties'].passes] and cost['ties'].passes>=3
+    assert {c.written for c in cost.values()} == {96+32} and all(c.seconds>0 for c in cost.values())
