@@ -185,18 +185,10 @@ def dare(
     taus = _dare_step(taus, names, block, known and known[2], drop, rescale, seed)
     return _finish(base, taus, weights, then, hp, seed, known)
 
-# %% ../nbs/29_drop.ipynb #1e865a50
+# %% ../nbs/29_drop.ipynb #915e4ccf
 def _sorted(x):
     "Each row in ascending order"
     return torch.from_numpy(np.sort(x.numpy(), axis=1)) if x.device.type=='cpu' else x.sort(1).values
-
-def _order(size):
-    "Positions in order of magnitude, the smallest first; of equal ones the later first"
-    d = size.shape[1]
-    back = torch.arange(d-1, -1, -1, device=size.device)
-    if size.dtype==torch.int64: return d-1-size.flip(1).argsort(stable=True, dim=1)
-    bits = d.bit_length() # Magnitude and position in one number
-    return d-1-(_sorted((size.long()<<bits)|back)&((1<<bits)-1))
 
 def _sizes(rows):
     "Magnitudes as integers in the same order"
@@ -204,22 +196,27 @@ def _sizes(rows):
     ints = _ints[bits.element_size()]
     return bits.view(ints)&torch.iinfo(ints).max
 
+def _largest(size, value, k):
+    "Ones in all bits of the `k` largest, of which `value` is the smallest; of its equals the first"
+    shift = size.element_size()*8-1
+    above = (value-size)>>shift
+    equal = ((size-value)>>shift).bitwise_or_(above).bitwise_not_()
+    left = k+above.sum(1, keepdim=True, dtype=size.dtype)
+    return above.bitwise_or_(equal.bitwise_and_(equal.cumsum(1, dtype=size.dtype).add_(left).bitwise_not_()>>shift))
+
 def _middle(rows, top, n):
     "The `n` values of each row after the `top` largest, the others set to 0"
-    size,d = _sizes(rows),rows.shape[1]
-    s,shift,low = _sorted(size),size.element_size()*8-1,d-top-n
-    first = s[:,low,None]
-    mask = ~((size-first)>>shift) # Ones from the smallest that stays …
-    crowded = (s[:,low-1]==first[:,0])&(first[:,0]>0) if low else torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    if top: # … to below the smallest that is cut off
-        last = s[:,d-top,None]
-        mask &= (size-last)>>shift
-        crowded |= (s[:,d-top-1]==last[:,0])&(last[:,0]>0)
-    if crowded.any():
-        keep = _order(size[crowded])[:,low:low+n]
-        mask[crowded] = torch.zeros_like(size[crowded]).scatter_(1, keep, -1)
-    ints = _ints[rows.element_size()]
-    return (rows.view(ints)&mask.to(ints)).view(rows.dtype)
+    size,d,ints = _sizes(rows),rows.shape[1],_ints[rows.element_size()]
+    s,shift,ends = _sorted(size),size.element_size()*8-1,[o for o in (top+n,top) if o]
+    values = [s[:,d-k,None].clone() for k in ends]
+    crowded = [(s[:,d-k-1:d-k]==v)&(v>0) for k,v in zip(ends, values) if k<d]
+    mask = (size-values[0]).bitwise_right_shift_(shift).bitwise_not_()
+    if top: mask &= (size-values[1]).bitwise_right_shift_(shift)
+    some = torch.cat(crowded, 1).any(1) # Equal values inside and outside of an end
+    if some.any():
+        m = [_largest(size[some], v[some], k) for k,v in zip(ends, values)]
+        mask[some] = m[0]&~m[1] if top else m[0]
+    return mask.to(ints).bitwise_and_(rows.view(ints)).view(rows.dtype)
 
 # %% ../nbs/29_drop.ipynb #b7018b43
 def _counts(d, density, gamma):
@@ -297,7 +294,15 @@ def breadcrumbs(
     taus = _crumbs_step(taus, names, block, known and known[2], density, gamma, scope)
     return _finish(base, taus, weights, then, hp, 0, known)
 
-# %% ../nbs/29_drop.ipynb #bde74177
+# %% ../nbs/29_drop.ipynb #a26f4367
+def _order(size):
+    "Positions in order of magnitude, the smallest first; of equal ones the later first"
+    d = size.shape[1]
+    if size.dtype==torch.int64: return d-1-size.flip(1).argsort(stable=True, dim=1)
+    bits = d.bit_length() # Magnitude and position in one number
+    key = size.long().bitwise_left_shift_(bits).bitwise_or_(torch.arange(d-1, -1, -1, device=size.device))
+    return _sorted(key).bitwise_and_((1<<bits)-1).neg_().add_(d-1)
+
 def _rank_odds(taus, high, low):
     "Limit and factor of every value, for one source after the other"
     d = taus.shape[-1] if taus.dim()>1 else 1

@@ -261,4 +261,4 @@ def test_dropping_at_random_is_unbiased(method, hp):
     want = merge_state_dicts(base, sources, 'task_arithmetic', w, scale=1.)
     for k,v in body(want).items():
         x = torch.stack([r[k] for r in runs]).double()
-        assert ((x.mean(0)-v).abs()<=5*x.std(0)/n**.5+1e-6).all(), k
+        if v.numel(): assert ((x.mean(0)-v).abs()<=5*x.std(0)/n**.5+1e-6).all(), k
