@@ -18,7 +18,11 @@ VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='
     'karcher':[dict(of='task_vectors'), dict(of='task_vectors', scope='global', length='own')],
     'chain':[dict(of='task_vectors'), dict(scope='global', straight=1), dict(of='task_vectors', legacy=True)],
     'model_stock':[dict(scope='global')], 'directional_consensus':[dict(alpha=.3), dict(scope='global', alpha=.7)],
-    'lines':[dict(of='ties', hp=dict(density=.5)), dict(of='karcher', hp=dict(of='task_vectors', scope='global'), alpha=.2, beta=.5)]}
+    'lines':[dict(of='ties', hp=dict(density=.5)), dict(of='karcher', hp=dict(of='task_vectors', scope='global'), alpha=.2, beta=.5)],
+    'dare':[dict(drop=0), dict(drop=.5, then='ties'), dict(drop=.5, then='linear'), dict(drop=.5, rescale='l1', hp=dict(scale=1.))],
+    'breadcrumbs':[dict(scope='tensor'), dict(density=.4, then='ties', hp=dict(density=.3)), dict(density=1, gamma=0)],
+    'della':[dict(window=.4, then='linear'), dict(hp=dict(density=.5, combine='sum')), dict(drop=.5, window=0, then='breadcrumbs')],
+    'consensus':[dict(k_min=1, lam=.2), dict(k_min=0)]}
 AT_MOST = {'slerp':2} # Sources that a method takes, where there is a limit
 CASES = [(m,hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
 IDS = [f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in CASES]
@@ -42,6 +46,12 @@ def world(n=3, dtype=torch.float32):
     for m in sources.values(): m['classifier.weight'] = 1+base['classifier.weight']*.01+m['classifier.weight']*.01 # One initialisation
     return base,sources,dict(zip(sources, [.5,.3,.2,.7,.1]))
 
+def measures_the_model(method, hp):
+    "Whether something is measured over the whole model, by the method or by what it does `then`"
+    ps = {k:p.default for k,p in inspect.signature(methods[method]).parameters.items()}|hp
+    if 'then' in ps: return measures_the_model(ps['then'], ps['hp'] or {})
+    return bool(methods.traits(method).prepare) and ps.get('scope', 'global')=='global'
+
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
 def body(m): return {k:v for k,v in m.items() if v.is_floating_point() and not k.startswith('classifier')}
 def close(a, b, tol=1e-6): return all(torch.allclose(a[k], b[k], rtol=tol, atol=tol) for k in body(a))
@@ -59,8 +69,11 @@ def test_order_of_sources_is_irrelevant(method, hp):
     fn = methods[method] # And the pure function, up to rounding
     taus = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]).double()
     ws,p = torch.tensor(list(w.values()), dtype=torch.float64),[o for o in (3,0,4,2,1) if o<len(sources)]
-    b = base['a.weight'].double()
-    assert torch.allclose(fn(b, taus, ws, **hp), fn(b, taus[p], ws[p], **hp), rtol=1e-12, atol=1e-12)
+    b,names = base['a.weight'].double(),list(sources)
+    # A method that is told the names of the sources, as the key of its draws, is told them in the order of their task vectors
+    named = lambda ks: dict(names=ks) if 'names' in methods.traits(method).given else {}
+    assert torch.allclose(fn(b, taus, ws, **hp, **named(names)), fn(b, taus[p], ws[p], **hp, **named([names[i] for i in p])),
+        rtol=1e-12, atol=1e-12)
 
 @cases
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
@@ -119,8 +132,9 @@ def test_the_loop_applies_the_pure_function(method, hp):
     base,sources,w = world(dtype=torch.float64)
     got,t = merge_state_dicts(base, sources, method, w, **hp),methods.traits(method)
     fn,taus,ws = methods[method],[task_vector(base, sources[k]) for k in sorted(sources)],torch.tensor([w[k] for k in sorted(sources)], dtype=torch.float64)
-    scope = hp.get('scope', getattr(inspect.signature(fn).parameters.get('scope'), 'default', 'global'))
-    if t.deterministic and not (t.prepare and scope=='global'):
+    whole = measures_the_model(method, hp)
+    if whole and 'then' in inspect.signature(fn).parameters: pytest.skip('drops by row, then measures the model: see the test of `then`')
+    if t.deterministic and not whole:
         for k in body(base):
             if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **hp), rtol=1e-12, atol=1e-14), k
     elif t.deterministic:
@@ -331,3 +345,46 @@ def test_lines_grows_with_the_layer():
         got = merge_state_dicts(base, sources, 'lines', of=of, hp=hp, beta=0)
         size = lambda m: sum(float((m[k]-base[k]).abs().sum()) for k in keys)
         assert abs(size(got)-size(mean)) < 1e-4*size(mean), "without `beta` it is as long as the mean, whatever the inner scale"
+DROPS = [(m,hp) for m in ALL if 'then' in inspect.signature(methods[m]).parameters for hp in [{}, *VARIANTS.get(m, [])]]
+INNER = [('task_arithmetic',{}), ('linear',{}), ('ties',dict(density=.4)), ('ties',dict(density=1)), ('ties',dict(density=.6, zero='official')),
+    ('consensus',{}), ('breadcrumbs',dict(scope='tensor', density=.5))]
+
+@pytest.mark.parametrize('method,hp', DROPS, ids=[f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in DROPS])
+@pytest.mark.parametrize('then,inner', INNER, ids=[f"{m}-{'-'.join(map(str, hp.values()))}" for m,hp in INNER])
+def test_then_merges_what_dropping_left(method, hp, then, inner):
+    "The inner method measures and merges the dropped task vectors, as if they had been the sources"
+    _,sources,w = world()
+    zero = {k:torch.zeros_like(v) for k,v in sources['sq-AL'].items()} # So that models are their task vectors, without rounding
+    hp = {k:v for k,v in hp.items() if k not in ('then','hp')}
+    one = dict(then='task_arithmetic', hp=dict(scale=1.))
+    left = {k:merge_state_dicts(zero, {k:m}, method, {k:1.}, seed=3, **hp, **one) for k,m in sources.items()}
+    for size in (1,1<<17):
+        got = merge_state_dicts(zero, sources, method, w, seed=3, max_elements=size, **hp, then=then, hp=inner)
+        want = body(merge_state_dicts(zero, left, then, w, **inner))
+        exact = methods.traits(then).coefficients is None # The loop adds these in float64
+        assert same(body(got), want) if exact else close(got, want)
+
+@pytest.mark.parametrize('method', ALL)
+def test_dropping_nothing_is_the_inner_method(method):
+    "To the bit, for the pure functions"
+    if methods.traits(method).given and not methods.traits(method).prepare: pytest.skip('its coefficients come from the loop')
+    base,sources,w = world(4)
+    taus,ws = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]),torch.tensor(list(w.values()))
+    want = methods[method](base['a.weight'], taus, ws)
+    inner = {} if methods.traits(method).deterministic else dict(seed=0) # Else the inner method gets a seed of its own
+    nothing = dict(dare=dict(drop=0), della=dict(drop=0, window=0), breadcrumbs=dict(density=1, gamma=0))
+    for m,hp in nothing.items():
+        if not (m=='della' and method=='ties'): # There ties does not trim
+            assert torch.equal(methods[m](base['a.weight'], taus, ws, then=method, hp=inner, **hp), want), m
+    assert torch.equal(methods['della'](base['a.weight'], taus, ws, 0, 0, 'ties', dict(density=.2)), methods['ties'](base['a.weight'], taus, ws))
+
+@pytest.mark.parametrize('method,hp', [('dare',dict(drop=.9)), ('dare',dict(drop=.5)), ('della',dict(drop=.6, window=.4))])
+def test_dropping_at_random_is_unbiased(method, hp):
+    "The mean over seeds is task arithmetic, within five standard errors at every value"
+    base,sources,w = world()
+    n,inner = 400,dict(then='task_arithmetic', hp=dict(scale=1.))
+    runs = [body(merge_state_dicts(base, sources, method, w, seed=s, **hp, **inner)) for s in range(n)]
+    want = merge_state_dicts(base, sources, 'task_arithmetic', w, scale=1.)
+    for k,v in body(want).items():
+        x = torch.stack([r[k] for r in runs]).double()
+        if v.numel(): assert ((x.mean(0)-v).abs()<=5*x.std(0)/n**.5+1e-6).all(), k
