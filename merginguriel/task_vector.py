@@ -23,7 +23,7 @@ import math,os,re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from itertools import groupby,islice
 import pandas as pd
 import torch
 from torch import Tensor
@@ -220,18 +220,19 @@ def iter_products(
     "Walk through `base` and `sources` together, one tensor at a time, each value read once"
     base,sources = open_checkpoint(base),{k:open_checkpoint(v) for k,v in sources.items()}
     if keys is None: keys = check_tensors({'the base':base, **sources})
-    for k in keys:
-        g,s = torch.zeros(len(sources)+1, len(sources)+1, dtype=torch.float64),None
-        for rows in row_blocks(base.shape(k), 1<<19):
-            with one_thread():
-                for x in _stacked([*sources.values(), base], k, rows):
-                    p = products(x)
-                    if not math.isfinite(p.sum()):
-                        check_values({'the base':base, **sources}, k, rows)
-                        p = products(x.double())
-                    g += p
-                    if signs: s = sign_products(x[:-1])+(0 if s is None else s)
-        yield k,g,s
+    def one(at):
+        g,s = torch.zeros(len(sources)+1, len(sources)+1, dtype=torch.float64),torch.zeros(2, len(sources), len(sources), dtype=torch.float64)
+        for x in _stacked([*sources.values(), base], *at):
+            p = products(x)
+            if not math.isfinite(p.sum()):
+                check_values({'the base':base, **sources}, *at)
+                p = products(x.double())
+            g += p
+            if signs: s += sign_products(x[:-1])
+        return at[0],g,s
+    for k,parts in groupby(overlapped(one, _cut(base, keys, 1<<19)), lambda o: o[0]):
+        _,g,s = zip(*parts)
+        yield k,sum(g),sum(s) if signs else None
 
 # %% ../nbs/12_task_vector.ipynb #bb511680
 def _stacked(models, k, rows):
