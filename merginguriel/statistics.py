@@ -164,11 +164,11 @@ def _mean(base, taus, weights):
     w = (weights.double()/weights.double().sum()).tolist()
     return (base.double()+sum(a*tau.double() for a,tau in zip(w, taus))).to(base.dtype)
 
-# %% ../nbs/24_statistics.ipynb #e41c3ae5
+# %% ../nbs/24_statistics.ipynb #918b7b97
 def _prepare_fisher(scan, names, weights, information, normalise, **hp):
     files,have = _open_statistics(information, names, scan.keys, 'fisher')
     square = lambda f,k: sum(float(f.read(k, r).double().square().sum()) for r in row_blocks(f.shape(k)))
-    norms = torch.tensor([sum(square(f, k) for k in sorted(have)) for f in files.values()])**.5 if normalise else None
+    norms = torch.tensor([sum(square(f, k) for k in sorted(have)) for f in files.values()], dtype=torch.float64)**.5 if normalise else None
     def given(block):
         if block.key not in have: return {}
         for n,f in files.items():

@@ -13,10 +13,10 @@ SHAPES = {'b.bias':(6,), 'a.weight':(7,5), 'c.scale':(), 'd.conv':(3,2,2), 'e.em
 HEAD = {'classifier.weight':(2,3)}
 # Hyperparameters to try besides the defaults; a method without an entry is tested with its defaults
 VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='tensor'), dict(density=.3, trim_rule='kth_ge', zero='official'),
-    dict(density=.6, combine='sum', scale=.3), dict(combine='max'), dict(density=1)]}
-CASES = [(m,hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
-IDS = [f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in CASES]
-cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
+    dict(density=.6, combine='sum', scale=.3), dict(combine='max'), dict(density=1)], 'fisher':[dict(floor=0.), dict(normalise=True)],
+    'regmean':[dict(alpha=1., ridge=0.), dict(alpha=.3)]}
+STATISTICS = {'fisher':'information', 'regmean':'grams'} # Methods that need what was measured, and the argument that takes it
+NAMES = ['sq-AL','de-DE','vi-VN','sw-KE','en-US']
 
 def model(seed, like=None, step=1., dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
@@ -27,9 +27,31 @@ def model(seed, like=None, step=1., dtype=torch.float32):
 
 def world(n=3, dtype=torch.float32):
     base = model(0, dtype=dtype)
-    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(['sq-AL','de-DE','vi-VN','sw-KE','en-US'][:n])}
+    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(NAMES[:n])}
     for m in sources.values(): m['classifier.weight'] = 1+base['classifier.weight']*.01+m['classifier.weight']*.01 # One initialisation
     return base,sources,dict(zip(sources, [.5,.3,.2,.7,.1]))
+
+def given(method, models, folder=None):
+    "What `method` cannot do without: made-up statistics of `models`, name -> tensors; as files if there is a `folder`"
+    if method not in STATISTICS: return {}
+    out = {}
+    for i,(n,m) in enumerate(sorted(models.items())):
+        g = torch.Generator().manual_seed(50+i)
+        draw = lambda *s: torch.rand(s, generator=g, dtype=torch.float64)
+        floats = {k:v for k,v in sorted(m.items()) if v.is_floating_point()}
+        if method=='fisher': out[n] = {k:.1+draw(*v.shape) for k,v in floats.items()}
+        else: out[n] = {k:(x := draw(3*v.shape[1], v.shape[1])).T@x for k,v in floats.items() if v.dim()==2}
+        if folder: out[n] = str(save_checkpoint(out[n], folder/f'{method}-{n}.safetensors'))
+    return {STATISTICS[method]:out}
+
+def pure(method, hp, key, names):
+    "Arguments of the pure function for one tensor: what the loop looks up is handed in"
+    found = [hp[STATISTICS[method]][n].get(key) for n in names] if method in STATISTICS else [None]
+    return hp if found[0] is None else hp|dict(measured=torch.stack(found))
+
+CASES = [(m,given(m, dict.fromkeys(NAMES, model(0)))|hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
+IDS = [f"{m}-{'-'.join(str(v) for v in hp.values() if not isinstance(v, dict)) or 'default'}" for m,hp in CASES]
+cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
 def body(m): return {k:v for k,v in m.items() if v.is_floating_point() and not k.startswith('classifier')}
@@ -49,7 +71,8 @@ def test_order_of_sources_is_irrelevant(method, hp):
     taus = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]).double()
     ws,p = torch.tensor(list(w.values()), dtype=torch.float64),torch.tensor([3,0,4,2,1])
     b = base['a.weight'].double()
-    assert torch.allclose(fn(b, taus, ws, **hp), fn(b, taus[p], ws[p], **hp), rtol=1e-12, atol=1e-12)
+    a,z = (pure(method, hp, 'a.weight', o) for o in (list(sources), [list(sources)[i] for i in p]))
+    assert torch.allclose(fn(b, taus, ws, **a), fn(b, taus[p], ws[p], **z), rtol=1e-12, atol=1e-12)
 
 @cases
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
@@ -89,10 +112,10 @@ def test_streaming_is_in_memory_is_dense(method, hp, tmp_path):
     for k,m in {'base':base, **sources}.items():
         (tmp_path/k).mkdir()
         paths[k] = save_checkpoint(dict(reversed(m.items())) if k=='sq-AL' else m, tmp_path/k).parent
-    b = paths.pop('base')
+    b,files = paths.pop('base'),given(method, dict.fromkeys(NAMES, model(0)), tmp_path)
     for size in (1,4,11,1<<17):
         assert same(dense, merge_state_dicts(base, sources, method, w, max_elements=size, **hp)), size
-        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp).path)
+        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp|files).path)
         assert same(dense, {k:c.read(k) for k in c}), size
 
 @cases
@@ -107,15 +130,18 @@ def test_the_loop_applies_the_pure_function(method, hp):
     "To each tensor; or, where something is measured over the whole model, to the whole model as one vector"
     base,sources,w = world(dtype=torch.float64)
     got,t = merge_state_dicts(base, sources, method, w, **hp),methods.traits(method)
-    fn,taus,ws = methods[method],[task_vector(base, sources[k]) for k in sorted(sources)],torch.tensor([w[k] for k in sorted(sources)], dtype=torch.float64)
-    if t.deterministic and not (t.prepare and hp.get('scope', 'global')=='global'):
+    fn,names = methods[method],sorted(sources)
+    taus,ws = [task_vector(base, sources[k]) for k in names],torch.tensor([w[k] for k in names], dtype=torch.float64)
+    if t.deterministic and (method=='regmean' or not (t.prepare and hp.get('scope', 'global')=='global')):
         for k in body(base):
-            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **hp), rtol=1e-12, atol=1e-14), k
+            o = pure(method, hp, k, names)
+            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **o), rtol=1e-12, atol=1e-14), k
     elif t.deterministic:
         keys = sorted(body(base))
         flat = lambda m: torch.cat([m[k].reshape(-1) for k in keys])
-        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp)
-        assert torch.equal(flat(got), want)
+        seen = dict(measured=torch.stack([flat(hp['information'][k]) for k in names])) if method=='fisher' else {}
+        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp, **seen)
+        assert torch.equal(flat(got), want) or method in STATISTICS and torch.allclose(flat(got), want, rtol=1e-12, atol=1e-14) # A norm's sums
 
 @cases
 def test_translation(method, hp):
