@@ -22,11 +22,11 @@ VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='
     'dare':[dict(drop=0), dict(drop=.5, then='ties'), dict(drop=.5, then='linear'), dict(drop=.5, rescale='l1', hp=dict(scale=1.))],
     'breadcrumbs':[dict(scope='tensor'), dict(density=.4, then='ties', hp=dict(density=.3)), dict(density=1, gamma=0)],
     'della':[dict(window=.4, then='linear'), dict(hp=dict(density=.5, combine='sum')), dict(drop=.5, window=0, then='breadcrumbs')],
-    'consensus':[dict(k_min=1, lam=.2), dict(k_min=0)]}
+    'consensus':[dict(k_min=1, lam=.2), dict(k_min=0)],
+    'fisher':[dict(floor=0.), dict(normalise=True)], 'regmean':[dict(alpha=1., ridge=0.), dict(alpha=.3)]}
 AT_MOST = {'slerp':2} # Sources that a method takes, where there is a limit
-CASES = [(m,hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
-IDS = [f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in CASES]
-cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
+STATISTICS = {'fisher':'information', 'regmean':'grams'} # Methods that need what was measured, and the argument that takes it
+NAMES = ['sq-AL','de-DE','vi-VN','sw-KE','en-US']
 
 @pytest.fixture(autouse=True)
 def most(request):
@@ -42,7 +42,7 @@ def model(seed, like=None, step=1., dtype=torch.float32):
 
 def world(n=3, dtype=torch.float32):
     base = model(0, dtype=dtype)
-    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(['sq-AL','de-DE','vi-VN','sw-KE','en-US'][:min(n, world.most)])}
+    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(NAMES[:min(n, world.most)])}
     for m in sources.values(): m['classifier.weight'] = 1+base['classifier.weight']*.01+m['classifier.weight']*.01 # One initialisation
     return base,sources,dict(zip(sources, [.5,.3,.2,.7,.1]))
 
@@ -50,7 +50,29 @@ def measures_the_model(method, hp):
     "Whether something is measured over the whole model, by the method or by what it does `then`"
     ps = {k:p.default for k,p in inspect.signature(methods[method]).parameters.items()}|hp
     if 'then' in ps: return measures_the_model(ps['then'], ps['hp'] or {})
-    return bool(methods.traits(method).prepare) and ps.get('scope', 'global')=='global'
+    return method!='regmean' and bool(methods.traits(method).prepare) and ps.get('scope', 'global')=='global'
+
+def given(method, models, folder=None):
+    "What `method` cannot do without: made-up statistics of `models`, name -> tensors; as files if there is a `folder`"
+    if method not in STATISTICS: return {}
+    out = {}
+    for i,(n,m) in enumerate(sorted(models.items())):
+        g = torch.Generator().manual_seed(50+i)
+        draw = lambda *s: torch.rand(s, generator=g, dtype=torch.float64)
+        floats = {k:v for k,v in sorted(m.items()) if v.is_floating_point()}
+        if method=='fisher': out[n] = {k:.1+draw(*v.shape) for k,v in floats.items()}
+        else: out[n] = {k:(x := draw(3*v.shape[1], v.shape[1])).T@x for k,v in floats.items() if v.dim()==2}
+        if folder: out[n] = str(save_checkpoint(out[n], folder/f'{method}-{n}.safetensors'))
+    return {STATISTICS[method]:out}
+
+def pure(method, hp, key, names):
+    "Arguments of the pure function for one tensor: what the loop looks up is handed in"
+    found = [hp[STATISTICS[method]][n].get(key) for n in names] if method in STATISTICS else [None]
+    return hp if found[0] is None else hp|dict(measured=torch.stack(found))
+
+CASES = [(m,given(m, dict.fromkeys(NAMES, model(0)))|hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
+IDS = [f"{m}-{'-'.join(str(v) for v in hp.values() if not isinstance(v, dict)) or 'default'}" for m,hp in CASES]
+cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
 def body(m): return {k:v for k,v in m.items() if v.is_floating_point() and not k.startswith('classifier')}
@@ -71,9 +93,8 @@ def test_order_of_sources_is_irrelevant(method, hp):
     ws,p = torch.tensor(list(w.values()), dtype=torch.float64),[o for o in (3,0,4,2,1) if o<len(sources)]
     b,names = base['a.weight'].double(),list(sources)
     # A method that is told the names of the sources, as the key of its draws, is told them in the order of their task vectors
-    named = lambda ks: dict(names=ks) if 'names' in methods.traits(method).given else {}
-    assert torch.allclose(fn(b, taus, ws, **hp, **named(names)), fn(b, taus[p], ws[p], **hp, **named([names[i] for i in p])),
-        rtol=1e-12, atol=1e-12)
+    named = lambda ks: pure(method, hp, 'a.weight', ks)|(dict(names=ks) if 'names' in methods.traits(method).given else {})
+    assert torch.allclose(fn(b, taus, ws, **named(names)), fn(b, taus[p], ws[p], **named([names[i] for i in p])), rtol=1e-12, atol=1e-12)
 
 @cases
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
@@ -113,10 +134,10 @@ def test_streaming_is_in_memory_is_dense(method, hp, tmp_path):
     for k,m in {'base':base, **sources}.items():
         (tmp_path/k).mkdir()
         paths[k] = save_checkpoint(dict(reversed(m.items())) if k=='sq-AL' else m, tmp_path/k).parent
-    b = paths.pop('base')
+    b,files = paths.pop('base'),given(method, dict.fromkeys(NAMES, model(0)), tmp_path)
     for size in (1,4,11,1<<17):
         assert same(dense, merge_state_dicts(base, sources, method, w, max_elements=size, **hp)), size
-        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp).path)
+        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp|files).path)
         assert same(dense, {k:c.read(k) for k in c}), size
 
 @cases
@@ -131,17 +152,20 @@ def test_the_loop_applies_the_pure_function(method, hp):
     "To each tensor; or, where something is measured over the whole model, to the whole model as one vector"
     base,sources,w = world(dtype=torch.float64)
     got,t = merge_state_dicts(base, sources, method, w, **hp),methods.traits(method)
-    fn,taus,ws = methods[method],[task_vector(base, sources[k]) for k in sorted(sources)],torch.tensor([w[k] for k in sorted(sources)], dtype=torch.float64)
+    fn,names = methods[method],sorted(sources)
+    taus,ws = [task_vector(base, sources[k]) for k in names],torch.tensor([w[k] for k in names], dtype=torch.float64)
     whole = measures_the_model(method, hp)
     if whole and 'then' in inspect.signature(fn).parameters: pytest.skip('drops by row, then measures the model: see the test of `then`')
     if t.deterministic and not whole:
         for k in body(base):
-            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **hp), rtol=1e-12, atol=1e-14), k
+            o = pure(method, hp, k, names)
+            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **o), rtol=1e-12, atol=1e-14), k
     elif t.deterministic:
         keys = sorted(body(base))
         flat = lambda m: torch.cat([m[k].reshape(-1) for k in keys])
-        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp)
-        sums = 'coefs' in t.given or method=='lines' # Float64 sums over the model, whose order may differ; thresholds may not
+        seen = dict(measured=torch.stack([flat(hp['information'][k]) for k in names])) if method=='fisher' else {}
+        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp, **seen)
+        sums = 'coefs' in t.given or method in ('lines','fisher') # Float64 sums over the model, whose order may differ; thresholds may not
         assert torch.allclose(flat(got), want, rtol=1e-12, atol=1e-12) if sums else torch.equal(flat(got), want)
 
 @cases
@@ -327,8 +351,8 @@ def test_streamed_products_equal_dense_ones():
 def test_lines_is_the_inner_method_at_one(method):
     "Whatever is registered, with what its own `prepare` measures, in blocks of one row and as a whole"
     base,sources,w = world()
-    hp = {} if methods.traits(method).deterministic else dict(seed=0)
-    want = merge_state_dicts(base, sources, method, w)
+    hp = given(method, sources)|({} if methods.traits(method).deterministic else dict(seed=0))
+    want = merge_state_dicts(base, sources, method, w, **hp)
     for size in (1,None): assert close(merge_state_dicts(base, sources, 'lines', w, of=method, hp=hp, alpha=1, beta=0, max_elements=size), want, 1e-5)
     twice = merge_state_dicts(base, sources, 'lines', w, of=method, hp=hp, alpha=1, beta=1)
     assert close({k:base[k]+(twice[k]-base[k])/2 for k in body(base)}, want, 1e-5)
@@ -368,6 +392,7 @@ def test_then_merges_what_dropping_left(method, hp, then, inner):
 def test_dropping_nothing_is_the_inner_method(method):
     "To the bit, for the pure functions"
     if methods.traits(method).given and not methods.traits(method).prepare: pytest.skip('its coefficients come from the loop')
+    if method in STATISTICS: pytest.skip('what was measured comes from the loop')
     base,sources,w = world(4)
     taus,ws = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]),torch.tensor(list(w.values()))
     want = methods[method](base['a.weight'], taus, ws)

@@ -8,6 +8,7 @@ from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.core import CheckpointError, IncompatibleError
 from merginguriel.merge import merge, merge_cost, merge_state_dicts, methods
 from merginguriel.toy import toy_base, toy_sources
+from test_laws import given
 
 @pytest.fixture(scope='module')
 def toy(tmp_path_factory):
@@ -29,6 +30,8 @@ def rewrite(path, change):
 def config(path, **kw): (path/'config.json').write_text(json.dumps(json.loads((path/'config.json').read_text())|kw))
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def heads(path): return {k:v for k,v in tensors(path).items() if k in head_keys(tensors(path))}
+
+def measured(method, sources, folder): return given(method, {k:tensors(p) for k,p in sources.items()}, folder)
 
 def refused(tmp_path, error, words, base, sources, *args, **kw):
     with pytest.raises(error) as e: merge(base, sources, tmp_path/'out', *args, **kw)
@@ -179,7 +182,7 @@ def test_the_result_is_a_model(toy, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     base,sources = toy
     for i,method in enumerate(MANY):
-        p = merge(base, sources, tmp_path/method, method).path
+        p = merge(base, sources, tmp_path/method, method, **measured(method, sources, tmp_path)).path
         m,info = AutoModelForSequenceClassification.from_pretrained(p, output_loading_info=True)
         assert not any(info[k] for k in ('missing_keys','unexpected_keys','mismatched_keys'))
         assert m.config.id2label=={0:'lights',1:'music'}
@@ -200,15 +203,17 @@ def test_registry_is_complete_in_a_fresh_process():
 def test_head_is_the_same_for_two_random_base_heads(toy, tmp_path, method, head):
     "Guards against finding 5"
     base,sources = toy
-    outs = [merge(match_base(base, sources['de-DE'], tmp_path/f'base{s}', seed=s), sources, tmp_path/f'out{s}', method, head=head).path for s in (0,1)]
-    outs.append(merge(base, sources, tmp_path/'no head', method, head=head).path)
+    hp = dict(head=head, **measured(method, sources, tmp_path))
+    outs = [merge(match_base(base, sources['de-DE'], tmp_path/f'base{s}', seed=s), sources, tmp_path/f'out{s}', method, **hp).path for s in (0,1)]
+    outs.append(merge(base, sources, tmp_path/'no head', method, **hp).path)
     assert len({open_checkpoint(p).digest() for p in outs})==1
 
 def test_head_policies(toy, tmp_path):
     base,sources = toy
     matched,w = match_base(base, sources['de-DE'], tmp_path/'matched', seed=3),{'de-DE':.2,'en-US':.4,'sq-AL':.4}
     for method in MANY:
-        out = {h:heads(merge(matched, sources, tmp_path/f'{method} {h}', method, w, head=h).path) for h in ('average','best','base')}
+        hp = measured(method, sources, tmp_path)
+        out = {h:heads(merge(matched, sources, tmp_path/f'{method} {h}', method, w, head=h, **hp).path) for h in ('average','best','base')}
         assert same(out['best'], heads(sources['en-US'])), "the heaviest, ties by name"
         assert same(out['base'], heads(matched))
         for k,v in out['average'].items():
@@ -264,12 +269,13 @@ def test_masked_language_model_base(fresh, tmp_path):
     "What the hub calls xlm-roberta-base: prefix `roberta.`, an `lm_head` and no classifier"
     base,sources = fresh
     t = {f'roberta.{k}':v for k,v in tensors(base).items()} | {'lm_head.bias':torch.zeros(5), 'lm_head.dense.weight':torch.zeros(16,16)}
-    want = {m:open_checkpoint(merge(base, sources, tmp_path/m, m).path).digest() for m in MANY}
+    hp = {m:measured(m, sources, tmp_path) for m in MANY}
+    want = {m:open_checkpoint(merge(base, sources, tmp_path/m, m, **hp[m]).path).digest() for m in MANY}
     (base/'model.safetensors').unlink()
     save_checkpoint(t, base)
     config(base, architectures=['XLMRobertaForMaskedLM'])
     for m in MANY:
-        r = merge(base, sources, tmp_path/f'{m} 2', m)
+        r = merge(base, sources, tmp_path/f'{m} 2', m, **hp[m])
         assert open_checkpoint(r.path).digest()==want[m] and '2 tensors of the base are in no source' in r.warnings[0]
     refused(tmp_path, KeyError, 'match_base', base, sources, head='base')
 
