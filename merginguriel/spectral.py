@@ -43,11 +43,11 @@ def _number(**ranges):
         if isinstance(v, bool) or not isinstance(v, (int,float)) or not least<=v<math.inf:
             raise ValueError(f"{k} is a number of {least} or more; got {v!r}")
 
-# %% ../nbs/23_spectral.ipynb #fe188f07
-def _used(taus, weights):
-    "Task vectors of weight above 0 in float64, and how often each counts"
+# %% ../nbs/23_spectral.ipynb #7a8290c6
+def _used(taus, weights, dtype=torch.float64):
+    "Task vectors of weight above 0, and how often each counts"
     if (weights==0).any(): taus,weights = taus[weights!=0],weights[weights!=0]
-    return taus.double(),len(weights)*weights.double()/weights.double().sum()
+    return taus.to(dtype),(len(weights)*weights.double()/weights.double().sum()).to(dtype)
 
 def _total(taus, times): return torch.einsum('n,nij->ij', times, taus)
 def _result(base, tau, scale): return (base.double()+scale*tau).to(base.dtype)
@@ -166,7 +166,11 @@ def interference(
     "How much `tau` differs from each of `taus` where that one acts, `Σ w_i ‖(tau-tau_i)tau_iᵀ‖²/‖tau_i‖²`"
     return sum(w*((tau-t)@t.T).square().sum()/t.square().sum() for w,t in zip(weights, taus) if t.any())
 
-# %% ../nbs/23_spectral.ipynb #eabaa184
+# %% ../nbs/23_spectral.ipynb #7bdd72d3
+def _accurate(base, ridge):
+    "float64, unless a large ridge hides the rounding of float32"
+    return torch.float64 if ridge<.01 else torch.promote_types(base.dtype, torch.float32)
+
 def _sums(taus, times, factors):
     "The weighted mean, ΣC_i and Σ(tau_i-mean)C_i, where C_i is `factors` tau_iᵀtau_i"
     mean = _total(taus, times/times.sum())
@@ -199,7 +203,7 @@ def _adam(tau, mean, c, d, steps, lr):
         tau = tau-m.div(1-.9**i).div_((v/(1-.999**i)).sqrt_().add_(1e-8)).mul_(lr)
     return tau
 
-# %% ../nbs/23_spectral.ipynb #a16a4db3
+# %% ../nbs/23_spectral.ipynb #e40935c9
 def _norms(taus): return taus.square().sum((1,2))
 
 @register(**_matrix_method, homogeneous=True, convex=True)
@@ -208,7 +212,7 @@ def wudi(
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, 0 or more, (n,); only ratios matter
     solve:str='closed', # The minimum ('closed'), or the paper's iteration ('adam')
-    ridge:float=1e-6, # 'closed': part of the covariances' mean diagonal that is added to it
+    ridge:float=.1, # 'closed': part of the covariances' mean diagonal that is added to it
     steps:int=300, # 'adam': number of steps
     lr:float=1e-5, # 'adam': learning rate, about the step of each value
     scale:float=1., # Factor of the merged task vector
@@ -221,20 +225,20 @@ def wudi(
     if solve not in ('closed','adam'): raise ValueError(f"solve is 'closed' or 'adam'; got {solve!r}")
     _number(ridge=(ridge,0), lr=(lr,0), steps=(steps,1))
     if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
-    taus,times = _used(taus, weights)
+    taus,times = _used(taus, weights, _accurate(base, ridge if solve=='closed' else 0))
     norms = _norms(taus)
-    sums = _sums(taus, times, torch.where(norms>0, times/norms, 0)) # A source that changed nothing has no inputs
-    if solve=='closed': return _result(base, _closed(*sums, ridge), scale)
-    tau,*sums = (o.to(base.dtype) for o in (_total(taus, times), *sums))
+    factors = torch.where(norms>0, times/norms, 0) # A source that changed nothing has no inputs
+    if solve=='closed': return _result(base, _closed(*_sums(taus, times, factors), ridge), scale)
+    tau,*sums = (o.to(_accurate(base, 1)) for o in (_total(taus, times), *_sums(taus, times, factors)))
     return _result(base, _adam(tau, *sums, int(steps), lr), scale)
 
-# %% ../nbs/23_spectral.ipynb #10dc4218
+# %% ../nbs/23_spectral.ipynb #56f4fdfb
 @register(**_matrix_method, homogeneous=True, convex=True)
 def actmat(
     base:Tensor, # Base values, (*shape)
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, 0 or more, (n,); only ratios matter
-    ridge:float=1e-6, # Part of the covariances' mean diagonal that is added to it
+    ridge:float=.1, # Part of the covariances' mean diagonal that is added to it
     scale:float=1., # Factor of the merged task vector
     embeddings:bool=False, # Treat lookup tables as matrices, too
     max_rows:int=50_000, # Matrices with more rows are averaged
@@ -244,7 +248,7 @@ def actmat(
     "RegMean with `tau_iᵀtau_i` as the covariance of a source's inputs"
     _number(ridge=(ridge,0))
     if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
-    taus,times = _used(taus, weights)
+    taus,times = _used(taus, weights, _accurate(base, ridge))
     return _result(base, _closed(*_sums(taus, times, times), ridge), scale)
 
 # %% ../nbs/23_spectral.ipynb #d1c6cf48

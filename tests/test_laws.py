@@ -14,7 +14,7 @@ HEAD = {'classifier.weight':(2,3)}
 # Hyperparameters to try besides the defaults; a method without an entry is tested with its defaults
 VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='tensor'), dict(density=.3, trim_rule='kth_ge', zero='official'),
     dict(density=.6, combine='sum', scale=.3), dict(combine='max'), dict(density=1)],
-    'iso_cts':[dict(common=.5), dict(common=0, scale=.4)], 'wudi':[dict(ridge=0), dict(solve='adam', steps=5, lr=1e-3)], 'actmat':[dict(ridge=.1)],
+    'iso_cts':[dict(common=.5), dict(common=0, scale=.4)], 'wudi':[dict(ridge=0), dict(solve='adam', steps=5, lr=1e-3)], 'actmat':[dict(ridge=0)],
     'ace':[dict(heterogeneity=0, refine=.5), dict(eps=1e-2, heterogeneity=10.)]}
 ADAM = {'solve':'adam'} # WUDI by iteration: its steps have one size, and it starts at the sum
 CASES = [(m,hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
