@@ -55,7 +55,7 @@ Block = namedtuple('Block', 'key rows start shape') # Tensor name, its rows, fir
 # %% ../nbs/20_merge.ipynb #da538825
 class Methods(Mapping):
     "Merge methods, name -> pure function; the packaged ones are imported at the first look"
-    packaged = ['linear','sparse','adamerging','geometry','drop','statistics']
+    packaged = ['linear','sparse','adamerging','geometry','drop','statistics','spectral']
     def __init__(self): self._fns,self._traits,self._waiting = {},{},[f'merginguriel.{o}' for o in self.packaged]
     def _load(self):
         while self._waiting:
