@@ -115,7 +115,7 @@ def measure_plus(
                 for k,g in grams.items(): files[name].write(k, g)
     return {k:out/f'{k}.safetensors' for k in w.index}
 
-# %% ../nbs/46_measure.ipynb #4dd25f54
+# %% ../nbs/46_measure.ipynb #4032f84e
 measured_methods = dict(fisher=('fisher','information'), regmean=('regmean','grams'), regmean_plus=('regmean','grams')) # Method, argument
 
 def measures(
@@ -129,7 +129,8 @@ def _split(method, options):
     "Options of measuring, and hyperparameters of the merge"
     name,arg = measured_methods[method]
     own = ('n','kind','samples') if method=='fisher' else ('n',)
-    return {k:v for k,v in options.items() if k in own},check_hyperparameters(name, {k:v for k,v in options.items() if k not in own}|{arg:{}})
+    hp = {k:v for k,v in options.items() if k not in own}
+    return {k:options[k] for k in own if k in options},check_hyperparameters(name, hp|{arg:{}})
 
 def check_measuring(
     method:str, # One of `measured_methods`
@@ -161,8 +162,9 @@ def merge_measured(
     w = check_weights(sources, weights)
     if lack := [k for k in w.index[w!=0] if k not in texts]: raise ValueError(f"no texts of {', '.join(lack)}; give each source its own")
     with atomic_dir(out) as d:
-        if method=='regmean_plus': files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'], device=device, **how)
-        else: files = {k:measure_statistics(sources[k], texts[k], cache, method, device=device, seed=seed, **how) for k in w.index[w!=0]}
+        if method=='regmean_plus':
+            files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'], device=device, **how)
+        else: files = {k:measure_statistics(sources[k], texts[k], cache, method, seed=seed, device=device, **how) for k in w.index[w!=0]}
         report = merge(base, sources, d, name, w, head, **hp|{arg:{k:str(f) for k,f in files.items()}})
         said = dict(method=method, options=how, statistics={k:open_checkpoint(f).digest() for k,f in files.items()})
         (d/'measurement.json').write_text(json.dumps(said, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')

@@ -101,7 +101,7 @@ def _one_by_one(f, params, x, a):
                 if g is not None: total[k] += g.square()
     return total
 
-# %% ../nbs/24_statistics.ipynb #40a1b8a3
+# %% ../nbs/24_statistics.ipynb #c78168e7
 def _add_squares(total, model, words, x, labels, kind, samples, seed, chunk, parallel):
     params = {k:p.detach() for k,p in model.named_parameters()}
     name,rows,full = words[0] if words else None,None,{}
@@ -136,13 +136,14 @@ def fisher_information(
     total,n = {k:torch.zeros_like(p, dtype=torch.float64) for k,p in model.named_parameters()},0
     with _measuring(model) as words:
         for x,labels in _alike(batches):
-            if kind=='empirical' and labels is None: raise ValueError("kind='empirical' needs the true labels; batches have no `labels`")
+            if kind=='empirical' and labels is None:
+                raise ValueError("kind='empirical' needs the true labels; batches have no `labels`")
             n += _add_squares(total, model, words, x, labels, kind, samples, seed, chunk, parallel)
     if not n: raise ValueError("there are no texts; give at least one batch")
     kept = {k:torch.float64 if p.dtype==torch.float64 else torch.float32 for k,p in model.named_parameters()}
     return {k:check_finite((v/n).to('cpu', kept[k]), f'information of {k}') for k,v in total.items()}
 
-# %% ../nbs/24_statistics.ipynb #968c0ccb
+# %% ../nbs/24_statistics.ipynb #db1445ac
 def _open_statistics(given, names, keys, method):
     "Name -> open statistics of each source, and the tensors they have"
     if lack := sorted(set(names)-set(given)):
@@ -152,8 +153,8 @@ def _open_statistics(given, names, keys, method):
     if part := [k for k,v in have.items() if 0<len(v)<len(names)]:
         n = next(n for n in names if n not in have[part[0]])
         raise TensorNamesError(f"the statistics of {n} lack {part[0]!r}, which others have; measure all sources alike")
-    if not any(have.values()): raise TensorNamesError(f"the statistics have none of the models' tensors, but {list(files[names[0]])[:2]}; "
-        "measure the models that are merged")
+    if not any(have.values()): raise TensorNamesError("the statistics have none of the models' tensors, but "
+        f"{list(files[names[0]])[:2]}; measure the models that are merged")
     return files,{k for k,v in have.items() if v}
 
 def _check_statistics(given, measured, method, measure):
@@ -164,11 +165,12 @@ def _mean(base, taus, weights):
     w = (weights.double()/weights.double().sum()).tolist()
     return (base.double()+sum(a*tau.double() for a,tau in zip(w, taus))).to(base.dtype)
 
-# %% ../nbs/24_statistics.ipynb #918b7b97
+# %% ../nbs/24_statistics.ipynb #071be242
 def _prepare_fisher(scan, names, weights, information, normalise, **hp):
     files,have = _open_statistics(information, names, scan.keys, 'fisher')
     square = lambda f,k: sum(float(f.read(k, r).double().square().sum()) for r in row_blocks(f.shape(k)))
-    norms = torch.tensor([sum(square(f, k) for k in sorted(have)) for f in files.values()], dtype=torch.float64)**.5 if normalise else None
+    size = lambda f: sum(square(f, k) for k in sorted(have))**.5
+    norms = torch.tensor([size(f) for f in files.values()], dtype=torch.float64) if normalise else None
     def given(block):
         if block.key not in have: return {}
         for n,f in files.items():
@@ -247,7 +249,7 @@ def activation_grams(
     try: return _grams(_linears(model), batches, lambda b: model(**b))
     finally: model.train(training)
 
-# %% ../nbs/24_statistics.ipynb #dcf96d37
+# %% ../nbs/24_statistics.ipynb #3395d216
 def _regmean_factor(measured, weights, alpha, ridge, key=''):
     "Cholesky factor of Σ λ Ĝ and what is added to each diagonal; (None, 0) where all are 0"
     g = sum(w*m for w,m in zip(weights.double(), measured.double()))
@@ -256,7 +258,8 @@ def _regmean_factor(measured, weights, alpha, ridge, key=''):
     if not d.any(): return None,0.
     g = (alpha*g).diagonal_scatter(d+add*weights.double().sum())
     l,bad = torch.linalg.cholesky_ex(g)
-    if bad: raise ValueError(f"the Gram matrices of {key or 'this tensor'} leave some direction without input; pass a larger ridge than {ridge}")
+    if bad: raise ValueError(f"the Gram matrices of {key or 'this tensor'} leave some direction without input; pass a larger ridge "
+        f"than {ridge}")
     return l,add
 
 def _prepare_regmean(scan, names, weights, grams, alpha, ridge):
@@ -267,8 +270,8 @@ def _prepare_regmean(scan, names, weights, grams, alpha, ridge):
         if k not in have: return {}
         if last.get('key')!=k:
             for n,f in files.items():
-                if f.shape(k)!=(block.shape[-1],)*2: raise IncompatibleError(f"the Gram matrix of {n} for {k!r} is {list(f.shape(k))}, the "
-                    f"tensor {list(block.shape)}; measure the models that are merged")
+                if f.shape(k)!=(block.shape[-1],)*2: raise IncompatibleError(f"the Gram matrix of {n} for {k!r} is "
+                    f"{list(f.shape(k))}, the tensor {list(block.shape)}; measure the models that are merged")
             g = torch.stack([f.read(k).double() for f in files.values()])
             last.update(key=k, given=dict(measured=g, factor=_regmean_factor(g, weights, alpha, ridge, k)))
         return last['given']
@@ -297,14 +300,15 @@ def regmean(
         right = right + w*(alpha*(tau@g)+tau*((1-alpha)*g.diagonal()+add))
     return (base+torch.cholesky_solve(right.T, l).T).to(base.dtype)
 
-# %% ../nbs/24_statistics.ipynb #83423ca4
+# %% ../nbs/24_statistics.ipynb #e57b5438
 class _Stop(Exception): "The layer has run; what comes after it is not needed"
 
 def _layers(model):
     "Prefix -> module of the numbered layers, in order"
     found = {m[0]:o for k,o in model.named_modules() if (m := re.fullmatch(r'(?:.*\.)?(?:layers?|h|blocks?)\.\d+', k))}
     stacks = {k.rpartition('.')[0] for k in found}
-    if len(stacks)!=1: raise IncompatibleError(f"RegMean++ goes up one stack of numbered layers; {type(model).__name__} has {sorted(stacks) or 'none'}")
+    if len(stacks)!=1: raise IncompatibleError(f"RegMean++ goes up one stack of numbered layers; {type(model).__name__} has "
+        f"{sorted(stacks) or 'none'}")
     return dict(sorted(found.items(), key=lambda o: int(o[0].rpartition('.')[2])))
 
 def _until(model, layer, batch):
@@ -319,7 +323,7 @@ def _until(model, layer, batch):
     finally: h.remove()
     return out[0]
 
-# %% ../nbs/24_statistics.ipynb #891d7fe9
+# %% ../nbs/24_statistics.ipynb #bd64ff7a
 @torch.no_grad()
 def regmean_plus_grams(
     model:nn.Module, # Classifier with the parameters of a source; overwritten
@@ -338,7 +342,8 @@ def regmean_plus_grams(
     kept,now = {},{}
     def fill(keys, grams): # Write the merge of `keys` into the model
         for block,b,taus in Scan(plan.base, plan.sources, keys, plan.max_elements)():
-            given = dict(measured=torch.stack([g[block.key] for g in grams.values()])) if block.key in next(iter(grams.values()), {}) else {}
+            seen = [g[block.key] for g in grams.values() if block.key in g]
+            given = dict(measured=torch.stack(seen)) if seen else {}
             out = regmean(b, taus, w, {}, alpha, ridge, **given)
             params[block.key][... if block.rows is None else block.rows] = out.to(params[block.key])
     def feed(name):
