@@ -378,13 +378,20 @@ def merge_cost(
 def _path(o): return str(o) if isinstance(o, (str,Path)) else None
 def _names(dtypes): return sorted({str(o).removeprefix('torch.') for o in dtypes})
 
+def _said(o):
+    "A hyperparameter as a record keeps it: a path as a string, tensors as the digest of their content"
+    if isinstance(o, dict) and o and all(isinstance(v, torch.Tensor) for v in o.values()): return dict(digest=open_checkpoint(o).digest())
+    if isinstance(o, dict): return {k:_said(v) for k,v in o.items()}
+    if isinstance(o, torch.Tensor): return _said({'':o})
+    return str(o) if isinstance(o, Path) else o
+
 def _record(plan, base, sources):
     coefs = _coefficients(plan)
     coefs = None if coefs is None or callable(coefs) else {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
     share = plan.weights/plan.weights.abs().sum()
     rows = [dict(name=k, path=_path(v), digest=kept_digest(plan.opened[k])[0], weight=plan.all_weights[k],
         share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
-    return dict(format=1, method=plan.method, hyperparameters=plan.hp, coefficients=coefs, sources=rows,
+    return dict(format=1, method=plan.method, hyperparameters=_said(plan.hp), coefficients=coefs, sources=rows,
         base=base and dict(path=_path(base), digest=kept_digest(plan.base_file)[0]),
         head=dict(policy=plan.head, keys=plan.heads, source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
         labels=plan.labels, aligned=sorted(plan.order), dtypes=_names(plan.dtypes.values()), warnings=plan.warnings,
@@ -405,13 +412,6 @@ class MergeReport:
         return '\n'.join(lines + [f"warning: {o}" for o in self.warnings])
 
 # %% ../nbs/20_merge.ipynb #4d4b7c81
-def _check_out(out, base, sources):
-    for name,p in {'the base':base, **sources}.items():
-        if not isinstance(p, (str,Path)): continue
-        p,o = Path(p).resolve(),Path(out).resolve()
-        if o==p or o in p.parents or p in o.parents:
-            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
-
 def _check_tokenizers(plan, models):
     "Compare the tokenizers of the models that have one, and name those that have none"
     folders = {k:f for k,v in models.items() if (f := model_folder(v))}
@@ -448,7 +448,7 @@ def merge(
 )->MergeReport:
     "Merge checkpoints into a new model folder, block by block"
     _check_arguments(base, sources, method, head)
-    _check_out(out, base, sources)
+    check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
         plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp)
         _check_tokenizers(plan, {'the base':plan.base_file and plan.base_file.path, **sources})

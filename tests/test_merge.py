@@ -1,5 +1,6 @@
 """Merging checkpoints: what is refused and leaves nothing behind, what the record says, and what becomes of the head."""
 import json, math, subprocess, sys
+from pathlib import Path
 import pandas as pd
 import pytest
 import torch
@@ -294,3 +295,12 @@ def test_the_cost_of_a_merge():
     assert [c.read for c in cost.values()] == [2*96, 3*96, 3*96*cost['ties'].passes]
     assert [c.passes for c in cost.values()] == [1, 1, cost['ties'].passes] and cost['ties'].passes>=3
     assert {c.written for c in cost.values()} == {96+32} and all(c.seconds>0 for c in cost.values())
+
+def test_a_record_keeps_what_was_measured(toy, tmp_path):
+    "Statistics as tensors are named by their content, as paths by the path"
+    base,sources = toy
+    files = given('fisher', {k:tensors(v) for k,v in sources.items()}, tmp_path)['information']
+    in_memory = {k:tensors(v) for k,v in files.items()}
+    r = {k:merge(base, sources, tmp_path/k, 'fisher', information=o).record['hyperparameters']['information']
+        for k,o in dict(paths={k:Path(v) for k,v in files.items()}, tensors=in_memory).items()}
+    assert r['paths'] == files and r['tensors'] == {k:dict(digest=open_checkpoint(v).digest()) for k,v in files.items()}
