@@ -31,6 +31,7 @@ from .core import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
+from .audit import *
 
 # %% ../nbs/20_merge.ipynb #41c613b0
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'match-base', 'compat', 'report']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'compat', 'report']
 
 
 @pytest.fixture(scope='session')
