@@ -183,7 +183,7 @@ def _difference(e, x, same):
     far = abs(x-e).round(6).sort_values(ascending=False, kind='stable').index[:3]
     return 'coefficients',"The coefficients are not those that were meant: "+', '.join(f'{k} {_num(x[k])} for {_num(e[k])}' for k in far)
 
-# %% ../nbs/17_audit.ipynb #732016ab
+# %% ../nbs/17_audit.ipynb #253dbd4b
 def _compared(a):
     "Faults of the coefficients: of the body if all blocks have the same, else of blocks together that have one fault"
     found,fits,part = {},a.r.blocks,{}
@@ -212,15 +212,15 @@ def _unseen(a):
     if a.absent: yield _fault('sources', f"By its record the merge also has {', '.join(a.absent)}, so nothing is compared with it")
     for t in w.twins: yield _fault('collinear', f"The task vectors of {', '.join(names[i] for i in t)} lie in one direction, so only the "
         f"sum of their coefficients is known, {_num(np.nansum(w.coef[t]))}")
-    if not w.energy or a.by_tensor or a.expected is not None and a.r.level: return
+    if not w.energy or a.based or a.by_tensor or a.expected is not None and a.r.level: return
     hidden,meant = {names[i] for t in w.twins for i in t},a.shares if a.expected is None else a.expected
     x,signs = pd.Series(w.coef, names),pd.Series(a.r.counts['agree']/a.r.counts['both'].clip(1), names)
-    none = abs(x)<.02*abs(x).max() if a.r.level else (x<.02*abs(x).max())&(signs<.65)
+    none = abs(x)<.02*abs(x).max() if a.r.level else (x<.02*abs(x).max())&(signs<.7)
     for k in names:
         if none[k] and k not in hidden and (meant is None or abs(meant[k])>.05):
             yield _fault('missing', f"{k} has a coefficient of {_num(x[k])}")
 
-# %% ../nbs/17_audit.ipynb #133e39d8
+# %% ../nbs/17_audit.ipynb #b054e305
 def _base_faults(a):
     "Faults of the base given here"
     w,names,n = a.r.whole,a.m.names,len(a.m.names)
@@ -252,13 +252,13 @@ def _other_base(a):
         f"{_num(1+own-sources.sum())} of the base, together {_num(1+own)} and not 1")
     elif left<=.9*w.left and abs(own)>.01 and long>(5 if a.free else .5): yield _fault('wrong base', "The part that no source explains is "
         f"{long:.1f} times as long as the longest task vector and stands for {_num(-own)} of the base, so the merge had another base")
-    elif gaps<.1 and long>(5 if a.free else 2): yield _fault('wrong base', f"The part that no source explains is {long:.1f} times as "
+    elif not a.gapped and long>(5 if a.free else 2): yield _fault('wrong base', f"The part that no source explains is {long:.1f} times as "
         "long as the longest task vector, so another model takes part")
-    elif n>1 and same[i]>max(.3, 2*gaps, 2*np.delete(same, i).max()) and not a.free: yield _fault('wrong base', f"{same[i]:.0%} of the "
+    elif n>1 and same[i]>max(.3, gaps, 2*np.delete(same, i).max()) and not a.free: yield _fault('wrong base', f"{same[i]:.0%} of the "
         f"values that sources changed are those of {a.m.names[i]}, so it was the base of the merge")
     else: a.based = False
 
-# %% ../nbs/17_audit.ipynb #e2d5dfe2
+# %% ../nbs/17_audit.ipynb #1f0ed2a5
 def _shape_faults(a):
     "Faults of the length, and of what is left over"
     w,c,meant = a.r.whole,a.r.counts,a.expected if a.expected is not None else a.shares
@@ -286,11 +286,11 @@ def _unexplained(a):
     e = a.expected
     if c['outside']>(.5 if a.free else .01)*w.energy+4*w.noise: yield _fault('wrong base', "No combination of the sources explains "
         f"{share} of it, and {c['outside']/w.energy:.0%} lies where none differs from the base, so another model takes part")
-    elif f['density']>.9 and e is not None and abs(e.sum()-1)>.01 and (x-e).abs().max()<=.1*e.abs().max(): yield _fault('wrong base',
+    elif not a.gapped and e is not None and abs(e.sum()-1)>.01 and (x-e).abs().max()<=.1*e.abs().max(): yield _fault('wrong base',
         f"It holds the sources as it was meant to, and {share} besides that no source explains: {_num(1-e.sum())} of another base")
     elif a.method and not a.free: yield _fault('not its record', f"No combination of the sources explains {share} of it, though it is "
         f"{a.method} by its record")
-    elif a.free or f['density']<=.9 or c['excess']<=4*w.noise+1e-3*w.energy: a.notes.append(f"no linear combination explains {share} of "
+    elif a.free or a.gapped or c['excess']<=4*w.noise+1e-5*a.r.left: a.notes.append(f"no linear combination explains {share} of "
         "it, and the coefficients are its projection: "
         +(f"it is {a.method} by its record" if a.free else "TIES, DARE, Fisher and masks look like this"))
     else: yield _fault('unexplained', f"No combination of the sources explains {share} of it")
@@ -386,7 +386,7 @@ def _table(a):
     elif 'residual' in a.head: t.loc['head',['residual']] = a.head['residual']
     return t.rename_axis(index='block')
 
-# %% ../nbs/17_audit.ipynb #5f81acc2
+# %% ../nbs/17_audit.ipynb #b9061bf3
 def audit(
     merged, # Merged model: folder, file, or dictionary of tensors
     base, # Pretrained base: folder, file, hub name, or dictionary of tensors
@@ -399,13 +399,14 @@ def audit(
     r = recover(merged, base, sources, exclude)
     w = r.whole
     a = SimpleNamespace(r=r, m=r.models, notes=[], based=False, facts=dict(level=r.level, exact=r.exact))
+    kind = a.m.views['the merged model'].dtype(a.m.body[0])
+    a.gapped = r.counts['kept']<(.9 if torch.finfo(kind).eps>1e-4 else .9995)*r.counts['changed'] # More than rounding leaves
     _meant(a, weights)
-    found = [*_misfits(a), *(_changed_files(a) if digests else []), *_unseen(a), *_base_faults(a), *_shape_faults(a)]
+    found = [*_misfits(a), *(_changed_files(a) if digests else []), *_base_faults(a), *_unseen(a), *_shape_faults(a)]
     if w.energy and (a.expected is not None or a.by_tensor): found += _compared(a)
     how = dict(body="one coefficient for each source explains it", block="it is linear in each block, with other coefficients in each",
         tensor="it is linear in each tensor, with other coefficients in each").get(r.level)
-    kind = str(a.m.views['the merged model'].dtype(a.m.body[0])).removeprefix('torch.')
-    if how: a.notes.append(f"{how}, {f'up to rounding to {kind}' if r.exact else f'nearly ({r.left/w.energy:.2%} is left)'}")
+    if how: a.notes.append(f"{how}, {f'up to rounding to {str(kind)[6:]}' if r.exact else f'nearly ({r.left/w.energy:.2%} is left)'}")
     a.kinds = {k for k,_ in found}
     if r.level=='body' and abs(np.nansum(w.coef)-1)<1e-4 and 'wrong base' not in a.kinds:
         a.notes.append("the coefficients sum to 1, so the base plays no part")

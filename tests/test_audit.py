@@ -203,7 +203,7 @@ def test_a_real_chain_of_slerps_from_the_wrong_end(world):
     s = [{k: world.sources[n][k] for k in world.body} for n in NAMES]
     m = slerp(slerp(s[0], s[1], .5/.8), s[2], .3/.5)|{k: v for k, v in world.mix(W).items() if k in world.heads}
     r = audit(m, world.base, world.sources, weights=W)
-    assert r.kinds == ['reversed'] and r.coefficients.loc['body'].to_list() == pytest.approx([.15, .25, .6], abs=.01)
+    assert r.kinds == ['reversed'] and r.coefficients.loc['body'].to_list() == pytest.approx([.15, .25, .6], abs=.02)
     right = slerp(slerp(s[0], s[1], .3/.8), s[2], .2)|{k: v for k, v in world.mix(W).items() if k in world.heads}
     assert kinds(right, world.base, world.sources, weights=W) == []
 
@@ -320,8 +320,8 @@ def spectral(world):
         return world.base[k]+u@v*s.mean()
     return world.changed(f)
 
-def test_dense_and_not_linear(world, tmp_path, files):
-    r = audit(spectral(world), world.base, world.sources)
+def test_dense_and_not_linear(toy):
+    r = audit(spectral(toy), toy.base, toy.sources)
     assert r.kinds == ['unexplained'] and 'RegMean and spectral methods look like this' in r.warnings[0].text
 
 
@@ -375,15 +375,17 @@ def test_a_merge_with_the_architecture_of_a_masked_language_model(files, tmp_pat
     "What a merge with the hub's own base leaves: the class of the base, and no classifier"
     from transformers import AutoConfig, AutoModelForMaskedLM
     base, sources = files
-    config = AutoConfig.from_pretrained(base)
-    lm = AutoModelForMaskedLM.from_config(config)
-    t = tensors(merge(base, sources, tmp_path/'out', 'linear', W).path)
-    lm.load_state_dict({k: v for k, v in t.items() if not k.startswith('classifier')}, strict=False)
-    lm.save_pretrained(tmp_path/'lm')
-    r = audit(tmp_path/'lm', base, sources, weights=W)
-    assert r.kinds == ['head lost'] and 'lm_head' in r.warnings[0].text and close(r, W)
-    r = audit(tmp_path/'out', tmp_path/'lm', sources, weights=W) # And such a model as base
-    assert r.kinds == ['wrong base', 'unmoved'] or 'wrong base' in r.kinds
+    lm = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(base))
+    out = merge(base, sources, tmp_path/'out', 'linear', W).path
+    def filled(t, name):
+        lost = lm.load_state_dict({k: v for k, v in t.items() if not k.startswith('classifier')}, strict=False)
+        assert not lost.unexpected_keys and all('lm_head' in k for k in lost.missing_keys)
+        lm.save_pretrained(tmp_path/name)
+        return tmp_path/name
+    r = audit(filled(tensors(out), 'merged'), base, sources, weights=W)
+    assert r.kinds == ['head lost'] and 'instead (lm_head.' in r.warnings[0].text and close(r, W)
+    lm_base = filled({f'roberta.{k}': v for k, v in tensors(base).items()}, 'base_lm')
+    assert audit(out, lm_base, sources).kinds == [] # As a base it does no harm
 
 def test_the_head_is_one_source_s(world):
     m = world.mix(W)|{k: world.sources['en-US'][k] for k in world.heads}
@@ -461,7 +463,7 @@ def test_tensors_that_are_missing_extra_or_of_another_shape(toy):
 def test_what_is_an_error(toy, files):
     base, sources = files
     k = 'roberta.encoder.layer.0.output.dense.weight'
-    with pytest.raises(CheckpointError, match='of the merged model are NaN'): audit(toy.mix(W)|{k: toy.base[k]*math.nan}, toy.base, toy.sources)
+    with pytest.raises(CheckpointError, match='of the merged model. are NaN'): audit(toy.mix(W)|{k: toy.base[k]*math.nan}, toy.base, toy.sources)
     with pytest.raises(MissingDataError): audit('absent/folder', base, sources)
     with pytest.raises(ValueError, match='at least one'): audit(toy.mix(W), toy.base, {})
     with pytest.raises(IncompatibleError, match='nothing can be compared'): audit({'x': torch.ones(2)}, toy.base, toy.sources)
