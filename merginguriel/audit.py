@@ -30,7 +30,7 @@ from .task_vector import *
 from .task_vector import _say
 from .recovery import *
 
-# %% ../nbs/17_audit.ipynb #517c7698
+# %% ../nbs/17_audit.ipynb #1b8cb249
 faults = {
     'missing':'A model that serves as base, or as container of the result, is easily skipped; merge again with all sources',
     'swapped':'Weights and models were paired by position; pair them by name and merge again',
@@ -42,8 +42,8 @@ faults = {
     'collinear':'If it is one model twice, give it once',
     'wrong base':'Merge with, and give here, the pretrained model that all sources were fine-tuned from',
     'not normalised':'Models were added with weights that do not sum to 1, or a task vector was saved as a model; merge again',
-    'unexplained':'RegMean and spectral methods look like this, and so does another base, or a source that is not given here',
-    'not its record':'Base, sources or the merged file are not those of the record; digests=True says which of the first two',
+    'unexplained':'RegMean, spectral methods and weak DARE look like this, and so does another base, or a source not given here',
+    'not its record':'Base, sources or the merged file are not those of the record; digests=True compares base and sources',
     'files':'Give the files that were merged',
     'sources':'Give every source of the merge, under its name in the record',
     'tensors':'They are left out of this audit; check that all are models of one class and size',
@@ -156,7 +156,7 @@ def _chains(e):
     for o in permutations(range(len(e))) if len(e)<7 else [np.argsort(-e, kind='stable')]:
         yield from (chain(list(o), sums) for sums in (False,True))
 
-# %% ../nbs/17_audit.ipynb #5fab4cb6
+# %% ../nbs/17_audit.ipynb #7920cca9
 def _difference(e, x, same):
     "How the coefficients `x` differ from those that were meant, `e`: kind and what was seen; None if they do not"
     x,names = x.fillna(0),list(e.index)
@@ -179,14 +179,17 @@ def _difference(e, x, same):
         return 'reversed' if turned else 'swapped',f"{', '.join(moved)} have each other's coefficients{', in reverse order'*turned}"
     if any(same(o) for o in _chains(e.to_numpy())): return 'reversed',"Each step of a chain gave the new model the share of the old"
     if np.ptp(e)>1e-6 and same(e*0+e.mean()): return 'equal',"All sources have the same coefficient"
+    up,down = (list(o.sort_values(kind='stable').index) for o in (e,x))
+    if len(e)>2 and e.is_unique and up==down[::-1]: return 'reversed',"The larger a coefficient was meant to be, the smaller it is"
     if same(e*(f := x@e/(e@e))): return 'scaled',f"The coefficients are {_num(f)} times what was meant, and {_num(1-f*e.sum())} is base"
     far = abs(x-e).round(6).sort_values(ascending=False, kind='stable').index[:3]
     return 'coefficients',"The coefficients are not those that were meant: "+', '.join(f'{k} {_num(x[k])} for {_num(e[k])}' for k in far)
 
-# %% ../nbs/17_audit.ipynb #253dbd4b
+# %% ../nbs/17_audit.ipynb #015a3a79
 def _compared(a):
     "Faults of the coefficients: of the body if all blocks have the same, else of blocks together that have one fault"
     found,fits,part = {},a.r.blocks,{}
+    if a.r.level in ('tensor','models') and not a.by_tensor: return (yield from _compared_shares(a))
     for k in a.m.body: part.setdefault(tensor_block(k), []).append(k)
     for b,f in [*fits.items(), ('body',a.r.whole)]:
         if not f.lengths.any() or not (f.linear or a.by_tensor): continue
@@ -202,8 +205,13 @@ def _compared(a):
         if o:
             seen,x,e = o['body'] if whole else next(iter(o.values()))
             yield _fault(kind, f"{seen}{'' if whole else ' in '+', '.join(o)} (found {_pairs(x)}; meant {_pairs(e)})")
-    if a.r.level=='tensor' and a.expected is not None: yield _fault('coefficients', "The coefficients differ from tensor to tensor, "
-        "where one for each source was meant")
+
+def _compared_shares(a):
+    "Faults of the coefficients where each tensor has its own: their shares in the body are compared"
+    x,e = pd.Series(a.r.whole.coef, a.m.names),a.expected
+    if a.method: yield _fault('not its record', f"The coefficients differ from tensor to tensor, though it is {a.method} by its record")
+    elif d := _difference(e, x, lambda v: abs(x/x.sum()-v/v.sum()).max()<.03):
+        yield _fault(d[0], f"{d[1]} (found {_pairs(x)}; meant {_pairs(e)})")
 
 def _unseen(a):
     "Faults of the coefficients that show without knowing what was meant"
@@ -220,7 +228,7 @@ def _unseen(a):
         if none[k] and k not in hidden and (meant is None or abs(meant[k])>.05):
             yield _fault('missing', f"{k} has a coefficient of {_num(x[k])}")
 
-# %% ../nbs/17_audit.ipynb #b054e305
+# %% ../nbs/17_audit.ipynb #434d98f9
 def _base_faults(a):
     "Faults of the base given here"
     w,names,n = a.r.whole,a.m.names,len(a.m.names)
@@ -237,7 +245,7 @@ def _base_faults(a):
         f"hundredths, so the sources do not come from it; {holds}")
     elif len(live)>1 and cos.min()>.9 and not w.twins: yield _fault('wrong base', "All task vectors have nearly one direction (least "
         f"cosine {cos.min():.3f}), so the sources started from another model, or hardly differ; {holds}")
-    elif w.energy and not a.r.level: yield from _other_base(a)
+    elif w.energy and a.r.level in (None,'models'): yield from _other_base(a)
 
 def _other_base(a):
     "Faults of the base of the merge, where the sources do not explain it"
@@ -250,6 +258,7 @@ def _other_base(a):
     i,a.based = int(same.argmax()),True
     if left<=max(4*w.noise, 1e-6*w.energy) and abs(own)>.01 and not a.free: yield _fault('not normalised', f"It is {_pairs(sources)} and "
         f"{_num(1+own-sources.sum())} of the base, together {_num(1+own)} and not 1")
+    elif a.r.level: a.based = False
     elif left<=.9*w.left and abs(own)>.01 and long>(5 if a.free else .5): yield _fault('wrong base', "The part that no source explains is "
         f"{long:.1f} times as long as the longest task vector and stands for {_num(-own)} of the base, so the merge had another base")
     elif not a.gapped and long>(5 if a.free else 2): yield _fault('wrong base', f"The part that no source explains is {long:.1f} times as "
@@ -317,7 +326,7 @@ def _head(a):
     noise = .0451*torch.finfo(mine.dtype(a.m.heads[0])).eps**2*g[n,n]
     yield from _head_kind(a, g, turn, noise, max(1e-9, 400*noise/size/g[n,n] if g[n,n] else 0))
 
-# %% ../nbs/17_audit.ipynb #55e71f28
+# %% ../nbs/17_audit.ipynb #232999de
 def _head_kind(a, g, turn, noise, cut):
     names,n = a.m.names,len(a.m.names)
     e,spread,tol = g[n,n],np.trace(g[:n,:n])/n-g[:n,:n].mean(),max(4*noise, 1e-10*g[n,n])
@@ -358,7 +367,7 @@ def _head_mean(a, x, ratio, same):
         f"{a.head['cosine']:.2f}) and has {ratio:.2f} of their length")
     if abs(x.sum()-1)>.01: yield _fault('head', f"The coefficients of the heads sum to {_num(x.sum())} and not to 1 ({_pairs(x)})")
     elif a.policy not in (None,'average'): yield _fault('head', f"Its head is a mean of heads, where the policy {a.policy!r} is recorded")
-    elif a.r.level=='body' and same(np.nan_to_num(body := a.r.whole.coef)/np.nansum(body)): return # As the body, which was compared
+    elif a.r.level=='body' and same(np.nan_to_num(body := a.r.whole.coef)/(np.nansum(body) or 1)): return # The body was compared
     elif a.shares is not None and (d := _difference(a.shares, x, same)):
         yield _fault('head', f"In its head: {d[1]} (found {_pairs(x)}; meant {_pairs(a.shares)})")
 
@@ -386,7 +395,7 @@ def _table(a):
     elif 'residual' in a.head: t.loc['head',['residual']] = a.head['residual']
     return t.rename_axis(index='block')
 
-# %% ../nbs/17_audit.ipynb #b9061bf3
+# %% ../nbs/17_audit.ipynb #6fcc0a4b
 def audit(
     merged, # Merged model: folder, file, or dictionary of tensors
     base, # Pretrained base: folder, file, hub name, or dictionary of tensors
@@ -405,13 +414,15 @@ def audit(
     found = [*_misfits(a), *(_changed_files(a) if digests else []), *_base_faults(a), *_unseen(a), *_shape_faults(a)]
     if w.energy and (a.expected is not None or a.by_tensor): found += _compared(a)
     how = dict(body="one coefficient for each source explains it", block="it is linear in each block, with other coefficients in each",
-        tensor="it is linear in each tensor, with other coefficients in each").get(r.level)
-    if how: a.notes.append(f"{how}, {f'up to rounding to {str(kind)[6:]}' if r.exact else f'nearly ({r.left/w.energy:.2%} is left)'}")
+        tensor="it is linear in each tensor, with other coefficients in each",
+        models="in each tensor it is a combination of whole models with shares of its own, as SLERP makes it").get(r.level)
+    nearly = '' if r.exact or r.level=='models' else f", nearly ({r.left/w.energy:.2%} is left)"
+    if how: a.notes.append(how+(nearly or f", up to rounding to {str(kind)[6:]}"))
     a.kinds = {k for k,_ in found}
     if r.level=='body' and abs(np.nansum(w.coef)-1)<1e-4 and 'wrong base' not in a.kinds:
         a.notes.append("the coefficients sum to 1, so the base plays no part")
     if how and not found and (a.expected is not None or a.by_tensor):
-        a.notes.append("they are what was meant"+f", {a.method} by its record"*bool(a.method))
+        a.notes.append("the coefficients are what was meant"+f", {a.method} by its record"*bool(a.method))
     found += _head(a)
     return AuditReport(_table(a), a.head, a.facts, a.expected, list(dict.fromkeys(found)), a.notes)
 

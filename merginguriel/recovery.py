@@ -198,7 +198,7 @@ class Fit:
         "Whether `x` explains as much as the best coefficients"
         return self.leaves(x)<=1.5*self.left+1e-5*self.energy
 
-# %% ../nbs/16_recovery.ipynb #43c29586
+# %% ../nbs/16_recovery.ipynb #eaf0ce86
 @dataclass
 class Recovered:
     "What `recover` found"
@@ -209,10 +209,15 @@ class Recovered:
     counts:dict # 'both', 'agree', 'equal': one number for each source; 'changed', 'kept', 'outside', 'peak', 'excess', 'noise'
     @cached_property
     def level(self)->str|None:
-        "Where one coefficient for each source explains the merge: 'body', in each 'block', in each 'tensor', or None"
-        e,noise = self.whole.energy,self.whole.noise
-        left = dict(body=self.whole.left, block=sum(o.left for o in self.blocks.values()), tensor=self.left)
-        return next((k for part in (1e-6,1e-2) for k,v in left.items() if v<=max(4*noise, part*e)), None)
+        "Where one coefficient for each source explains the merge: 'body', in each 'block', in each 'tensor'; 'models'; or None"
+        w,lefts = self.whole,self._lefts()
+        for k,v in lefts.items():
+            if v<=max(4*w.noise, 1e-6*w.energy): return k
+        cols = [*range(w.n),w.n+1] # With the base beside the task vectors
+        rest = sum(energy_left(o.gram, least_squares(o.gram, w.n, cols)[0], w.n, cols) for o in self.tensors.values())
+        if rest<=max(4*w.noise, 1e-6*w.energy): return 'models'
+        return next((k for k,v in lefts.items() if v<=max(4*w.noise, 1e-2*w.energy)), None)
+    def _lefts(self): return dict(body=self.whole.left, block=sum(o.left for o in self.blocks.values()), tensor=self.left)
     @property
     def left(self)->float:
         "Energy that no coefficients explain, not even others in each tensor"
@@ -220,8 +225,7 @@ class Recovered:
     @property
     def exact(self)->bool:
         "At its `level` all is explained, up to rounding"
-        left = dict(body=self.whole.left, block=sum(o.left for o in self.blocks.values()), tensor=self.left).get(self.level, math.inf)
-        return left<=max(4*self.whole.noise, 1e-6*self.whole.energy)
+        return self._lefts().get(self.level, math.inf)<=max(4*self.whole.noise, 1e-6*self.whole.energy)
     @property
     def rows(self)->dict:
         "The blocks, and then 'body'"
