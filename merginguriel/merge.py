@@ -32,6 +32,7 @@ from .checkpoint import *
 from .base_model import *
 from .task_vector import *
 from .head import *
+from .audit import *
 
 # %% ../nbs/20_merge.ipynb #41c613b0
 @dataclass(frozen=True)
