@@ -156,7 +156,7 @@ def _chains(e):
     for o in permutations(range(len(e))) if len(e)<7 else [np.argsort(-e, kind='stable')]:
         yield from (chain(list(o), sums) for sums in (False,True))
 
-# %% ../nbs/17_audit.ipynb #7920cca9
+# %% ../nbs/17_audit.ipynb #aec44f89
 def _difference(e, x, same):
     "How the coefficients `x` differ from those that were meant, `e`: kind and what was seen; None if they do not"
     x,names = x.fillna(0),list(e.index)
@@ -164,9 +164,8 @@ def _difference(e, x, same):
     zero = [k for k in names if abs(e[k])>.02*abs(e).max() and abs(x[k])<.02*abs(x).max()]
     if zero:
         rest = e.where(~e.index.isin(zero), 0)
-        others = ' and the others share its weight' if rest.sum() and same(rest*e.sum()/rest.sum()) else ''
-        heavy = ', the heaviest,' if abs(e).idxmax() in zero else ''
-        return 'missing',f"{_have(zero)}{heavy} a coefficient of 0,{others}".replace(f' has{heavy}', f'{heavy} has').rstrip(',')
+        others = ', and the others share its weight' if rest.sum() and same(rest*e.sum()/rest.sum()) else ''
+        return 'missing',f"{_have([k+', the heaviest,'*(k==abs(e).idxmax()) for k in zero])} a coefficient of 0{others}"
     for k in names if abs(e.sum()-1)>1e-6 else []:
         if same(v := e.where(e.index!=k, 1-e.drop(k).sum())):
             return 'wrong base',f"{k} has {_num(v[k])}, which is 1 minus the others, as if it had been the base"
@@ -267,7 +266,7 @@ def _other_base(a):
         f"values that sources changed are those of {a.m.names[i]}, so it was the base of the merge")
     else: a.based = False
 
-# %% ../nbs/17_audit.ipynb #1f0ed2a5
+# %% ../nbs/17_audit.ipynb #4b1682a7
 def _shape_faults(a):
     "Faults of the length, and of what is left over"
     w,c,meant = a.r.whole,a.r.counts,a.expected if a.expected is not None else a.shares
@@ -275,7 +274,7 @@ def _shape_faults(a):
     m = np.full(w.n, 1/w.n) if meant is None else meant.to_numpy()
     mean = math.sqrt(max(m@w.gram[:w.n,:w.n]@m, 0))
     f = dict(density=c['kept']/max(c['changed'], 1), inflation=math.sqrt(w.energy/c['peak']) if c['peak'] else None,
-        ratio=math.sqrt(w.energy)/mean if mean else None, residual=a.r.left/w.energy, rounding=w.noise/w.energy)
+        ratio=math.sqrt(w.energy)/mean if mean else None, residual=a.r.left/w.energy, rounding=w.noise/w.energy, condition=w.condition)
     a.facts |= f
     if not a.r.level and not a.based: yield from _unexplained(a)
     known = a.based or a.r.level and not a.free and (a.expected is not None or a.by_tensor)

@@ -158,7 +158,7 @@ def _measure(m):
         if not np.isfinite(gram[i]).all(): check_values(models, k)
     return gram,counts
 
-# %% ../nbs/16_recovery.ipynb #8cdb299a
+# %% ../nbs/16_recovery.ipynb #48b2149c
 @dataclass
 class Fit:
     "The nearest combination of the task vectors in one part of the model"
@@ -179,6 +179,12 @@ class Fit:
     def lengths(self)->np.ndarray:
         "Lengths of the task vectors of the sources"
         return np.sqrt(np.diag(self.gram)[:self.n].clip(0))
+    @property
+    def condition(self)->float|None:
+        "How many times as clear the clearest direction of the sources is as the least clear; None with fewer than two directions"
+        live = np.flatnonzero(self.lengths)
+        if len(live)<2 or self.twins: return None
+        return float(np.linalg.cond(self.gram[np.ix_(live,live)]/np.outer(self.lengths[live], self.lengths[live])))
     @property
     def exact(self)->bool:
         "All is explained, up to rounding"

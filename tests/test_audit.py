@@ -169,7 +169,7 @@ def test_no_fault_where_there_is_none(files, tmp_path, method, hp):
 # ---- coefficients
 
 COEFFICIENTS = [('heaviest dropped', [0, .6, .4], W, 'missing', 'de-DE, the heaviest, has a coefficient of 0, and the others share its weight'),
-    ('lightest dropped', [.625, .375, 0], W, 'missing', 'sq-AL has a coefficient of 0, and the others share its weight'),
+    ('two dropped', [0, 0, 1], W, 'missing', 'de-DE, the heaviest, and en-US have a coefficient of 0, and the others'), ('lightest dropped', [.625, .375, 0], W, 'missing', 'sq-AL has a coefficient of 0, and the others share its weight'),
     ('SLERP chain', [.15, .25, .6], W, 'reversed', 'Each step of a chain'), ('accumulated', [.075, .125, .8], W, 'reversed', 'Each step of a chain'),
     ('two swapped', [.3, .5, .2], W, 'swapped', "de-DE and en-US have each other's coefficient"),
     ('list reversed', [.2, .3, .5], W, 'swapped', "de-DE and sq-AL have"), ('all moved', [.3, .2, .5], W, 'swapped', 'de-DE, en-US, sq-AL have'),
@@ -232,6 +232,15 @@ def test_sources_that_cannot_be_told_apart(world):
     assert r.kinds == ['collinear'] and 'de-DE, copy' in r.warnings[0].text and 'known, 0.500' in r.warnings[0].text
     assert r.table.loc['body', 'sum'] == pytest.approx(1) and r.table.loc['body', 'sq-AL'] == pytest.approx(.2, abs=1e-5)
     assert 'collinear' not in kinds(world.mix([.8, 0, 0]), world.base, {'de-DE': world.sources['de-DE']})
+
+def test_sources_that_rounding_hides_from_each_other(toy):
+    "A source and its neighbour at a hundredth of a task vector: told apart in float32, not in bfloat16"
+    near = {k: v+2e-4*torch.randn(v.shape, generator=toy.g) for k, v in toy.sources['de-DE'].items()}
+    sources = toy.sources|{'near': near}
+    r = audit(toy.mix(W), toy.base, sources)
+    assert r.kinds == ['missing'] and 'near' in r.warnings[0].text and 1e3 < r.facts['condition'] < 1e6
+    r = audit({k: v.bfloat16() for k, v in toy.mix(W).items()}, toy.base, sources)
+    assert r.kinds[0] == 'collinear' and 'de-DE, near' in r.warnings[0].text and r.facts['condition'] is None
 
 
 # ---- the base
