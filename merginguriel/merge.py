@@ -31,6 +31,7 @@ from .core import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
+from .card import *
 
 # %% ../nbs/20_merge.ipynb #41c613b0
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Scan:
         return sum(math.prod(self.base.shape(k)) for k in (self.keys if keys is None else keys))
 
 # %% ../nbs/20_merge.ipynb #2f6cf62d
-def _open_base(base, first, source, floats):
+def _open_base(base, first, source, floats, head):
     "The base under the names of the sources, the tensors that are not pretrained, and warnings"
     if isinstance(base, str) and not Path(base).exists(): base = resolve_model(base)
     ckpt = open_checkpoint(base)
@@ -173,15 +174,19 @@ def _open_base(base, first, source, floats):
     if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&set(body)
     view = Checkpoint(ckpt.path, {k:ckpt._entry(o) for k,o in found.items()})
     check_tensors({'the base':view, first:source}, keys=[k for k in body if k not in drawn])
-    extra = sorted(set(ckpt)-set(found.values())-set(source))
-    say = f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"
-    return ckpt,view,drawn,[say]*bool(extra)
+    extra,lack = sorted(set(ckpt)-set(found.values())-set(source)),[k for k in floats if k not in found]
+    say = [f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"]*bool(extra)
+    if lack and head!='base' and (extra or drawn):
+        say = [base_without_head(_kind(folder), lack, extra, found.values(), head, first)]
+    return ckpt,view,drawn,say
 
 def _folder(path):
     "The model folder of `path`, or None"
     p = Path(path) if isinstance(path, (str,Path)) else None
     p = p.parent if p and p.is_file() else p
     return p if p and (p/'config.json').is_file() else None
+
+def _kind(folder): return (load_json(folder/'config.json').get('architectures') or [''])[0] if folder else ''
 
 # %% ../nbs/20_merge.ipynb #ba6500e8
 head_policies = ('average','best','base')
@@ -268,7 +273,7 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
         sources=used, base=None, base_file=None, max_elements=max_elements if t.elementwise else None, warnings=[])
     heads = set(head_keys(floats))
     if base is not None:
-        p.base_file,p.base,drawn,p.warnings = _open_base(base, first, used[first], floats)
+        p.base_file,p.base,drawn,p.warnings = _open_base(base, first, used[first], floats, head)
         heads |= drawn
         if head=='base' and (lack := heads-set(p.base)): raise TensorNamesError(f"head='base', but the base has no "
             f"{min(lack)!r}; choose head='average' or 'best', or give the base a head: match_base(base, {first})")
@@ -376,7 +381,8 @@ def _record(plan, base, sources):
         share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
     return dict(format=1, method=plan.method, hyperparameters=plan.hp, coefficients=coefs, sources=rows,
         base=base and dict(path=_path(base), digest=plan.base_file.digest()),
-        head=dict(policy=plan.head, keys=plan.heads, source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
+        head=dict(policy=plan.head, keys=plan.heads, not_in_base=None if plan.base is None else
+            [k for k in plan.heads if k not in plan.base], source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
         labels=plan.labels, aligned=sorted(plan.order), dtypes=_names(plan.dtypes.values()), warnings=plan.warnings,
         versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
 
@@ -407,7 +413,7 @@ def _check_tokenizers(plan, models):
     folders = {k:f for k,v in models.items() if (f := _folder(v))}
     have = {k:f for k,f in folders.items() if any(any(f.glob(o)) for o in ('tokenizer*','*.model','vocab*'))}
     if len(have)>1: check_tokenizer(*have.values())
-    lack = sorted(set(folders)-set(have))
+    lack = sorted(k for k in set(folders)-set(have) if not (folders[k]/'preprocessor_config.json').is_file()) # Images
     if lack: plan.warnings.append(f"no tokenizer in the folder of {', '.join(lack)}, so it was not compared")
 
 def _copy_files(plan, sources, out):
@@ -416,7 +422,12 @@ def _copy_files(plan, sources, out):
         return plan.warnings.append(f"no config.json beside {plan.first}: only the weights were written")
     copy_model_files(folder, out)
     config = load_json(out/'config.json')
+    if (kind := _kind(folder)).endswith('Classification') and not plan.heads:
+        raise IncompatibleError(f"{plan.first} is a {kind} by its config.json, but its weights have no classifier, so the result "
+            "would have none; give the model as it was fine-tuned")
     floats = _names(o for o in plan.dtypes.values() if o.is_floating_point)
+    kinds = _names(m.dtype(k) for m in plan.sources.values() for k in plan.body)
+    if len(kinds)>1: plan.warnings.append(f"the sources are stored as {', '.join(kinds)}, the result as {', '.join(floats)}")
     for k in ('dtype','torch_dtype'):
         if k in config and len(floats)==1: config[k] = floats[0]
     (out/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
