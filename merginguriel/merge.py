@@ -413,14 +413,16 @@ def _check_tokenizers(plan, models):
     folders = {k:f for k,v in models.items() if (f := _folder(v))}
     have = {k:f for k,f in folders.items() if any(any(f.glob(o)) for o in ('tokenizer*','*.model','vocab*'))}
     if len(have)>1: check_tokenizer(*have.values())
+    plan.words = have.get(plan.first, next(iter(have.values()), None)) # All are the same
     lack = sorted(k for k in set(folders)-set(have) if not (folders[k]/'preprocessor_config.json').is_file()) # Images
     if lack: plan.warnings.append(f"no tokenizer in the folder of {', '.join(lack)}, so it was not compared")
 
 def _copy_files(plan, sources, out):
-    "Configuration and tokenizer of the first source, with the type of the result"
+    "Configuration of the heaviest source, with the type of the result, and the tokenizer"
     if (folder := _folder(sources[plan.first])) is None:
         return plan.warnings.append(f"no config.json beside {plan.first}: only the weights were written")
     copy_model_files(folder, out)
+    if plan.words: copy_model_files(plan.words, out, config=False)
     config = load_json(out/'config.json')
     if (kind := _kind(folder)).endswith('Classification') and not plan.heads:
         raise IncompatibleError(f"{plan.first} is a {kind} by its config.json, but its weights have no classifier, so the result "

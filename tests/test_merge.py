@@ -104,6 +104,8 @@ def test_tokenizer(fresh, tmp_path):
     for p in (f, sources['sq-AL']/'tokenizer_config.json'): p.unlink()
     r = merge(base, sources, tmp_path/'out')
     assert any('no tokenizer in the folder of sq-AL' in o for o in r.warnings)
+    r = merge(base, sources, tmp_path/'heaviest', weights=[.1,.1,.8]) # sq-AL, which has none: the others' is brought along
+    assert (r.path/'tokenizer.json').read_text()==(base/'tokenizer.json').read_text()
 
 def test_output_folder(toy, tmp_path):
     base,sources = toy
