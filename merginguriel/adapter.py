@@ -16,7 +16,7 @@ load it stands in the adapter's own file; `peft` is not needed. An adapter that 
 refused by name. `as_model` lets an adapter stand wherever a model folder does."""
 
 # %% ../nbs/18_adapter.ipynb #e5bd5818
-import fcntl,json,re
+import fcntl,json,re,shutil
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +203,7 @@ def _blocks(a, c):
 def _write(d, a, folder, c, labels, record):
     copy_model_files(folder, d)
     copy_model_files(a.path, d, config=False)
+    if (a.path/'README.md').is_file(): shutil.copyfile(a.path/'README.md', d/'README.md') # Its licence
     if labels:
         config = load_json(d/'config.json')
         config |= dict(id2label={str(i):o for i,o in enumerate(labels)}, label2id={o:i for i,o in enumerate(labels)})

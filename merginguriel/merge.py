@@ -378,9 +378,9 @@ def _record(plan, base, sources):
     coefs = None if coefs is None or callable(coefs) else {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
     share = plan.weights/plan.weights.abs().sum()
     rows = [dict(name=k, path=_path(v), digest=plan.opened[k].digest(), weight=plan.all_weights[k],
-        share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
+        share=float(share.get(k, 0)), used=k in plan.sources, card=card_facts(_path(v))) for k,v in sources.items()]
     return dict(format=1, method=plan.method, hyperparameters=plan.hp, coefficients=coefs, sources=rows,
-        base=base and dict(path=_path(base), digest=plan.base_file.digest()),
+        base=base and dict(path=_path(base), digest=plan.base_file.digest(), card=card_facts(plan.base_file.path)),
         head=dict(policy=plan.head, keys=plan.heads, not_in_base=None if plan.base is None else
             [k for k in plan.heads if k not in plan.base], source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
         labels=plan.labels, aligned=sorted(plan.order), dtypes=_names(plan.dtypes.values()), warnings=plan.warnings,
@@ -461,4 +461,5 @@ def merge(
             for k,rows,t in _merged(plan): w.write(k, t, rows)
         record = _record(plan, base, sources)
         (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+        write_card(d, name=Path(out).name)
     return MergeReport(Path(out), record, plan.all_weights, head, plan.warnings)

@@ -23,6 +23,7 @@ import yaml
 from .core import *
 from .checkpoint import *
 from .base_model import *
+from .card import *
 from .adapter import *
 from .merge import *
 from .merge import _check_out
@@ -194,7 +195,7 @@ def _model(model, base, labels):
     if not Path(model).exists() and '+' in model: return apply_adapter(_folder_of(model), model.split('+', 1)[1], labels=labels)
     return as_model(_folder_of(model), base, labels)
 
-def _finish(d, recipe, report, tokenizer):
+def _finish(d, recipe, report, tokenizer, name):
     "Type, tokenizer and record of the result in `d`"
     record = report.record|dict(recipe=recipe.config, notes=recipe.notes)
     dt = recipe.dtype and getattr(torch, recipe.dtype)
@@ -208,6 +209,7 @@ def _finish(d, recipe, report, tokenizer):
             p.write_text(json.dumps(load_json(p)|dict(dtype=recipe.dtype), indent=2, ensure_ascii=False), encoding='utf-8')
     if tokenizer: copy_model_files(tokenizer, d, config=False)
     (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    write_card(d, name=name)
     return record
 
 # %% ../nbs/58_recipe.ipynb #e0221aac
@@ -229,5 +231,5 @@ def run_recipe(
     _check_out(out, base, sources)
     with atomic_dir(out, replace) as d:
         m = merge(base, sources, d, r.method, r.weights, head, seed, allow_mixed_heads, allow_generic, **r.hp)
-        record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels))
+        record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), Path(out).name)
     return changed(m, path=Path(out), record=record)

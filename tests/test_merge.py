@@ -136,7 +136,7 @@ def test_record(toy, tmp_path):
     assert rec==r.record
     assert [(o['name'],o['weight'],o['share'],o['used']) for o in rec['sources']] == [('de-DE',3,.75,True),('en-US',1,.25,True),('sq-AL',0,0,False)]
     assert [o['digest'] for o in rec['sources']] == [open_checkpoint(p).digest() for p in sources.values()]
-    assert rec['base']==dict(path=str(base), digest=open_checkpoint(base).digest())
+    assert rec['base']==dict(path=str(base), digest=open_checkpoint(base).digest(), card={})
     assert rec['coefficients']=={'de-DE':1.5, 'en-US':.5, 'base':-1}
     assert (rec['method'],rec['hyperparameters'],rec['head']['policy'],rec['dtypes'],rec['labels']) == \
         ('task_arithmetic',{'scale':.5},'average',['float32'],['lights','music'])
