@@ -177,7 +177,7 @@ def _open_base(base, first, source, floats, head):
     extra,lack = sorted(set(ckpt)-set(found.values())-set(source)),[k for k in floats if k not in found]
     say = [f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"]*bool(extra)
     if lack and head!='base' and (extra or drawn):
-        say = [base_without_head(_kind(folder), lack, extra, found.values(), head, first)]
+        say = [base_without_head(_kind(folder), lack, head_keys(lack), extra, found.values(), head, first)]
     return ckpt,view,drawn,say
 
 def _folder(path):
