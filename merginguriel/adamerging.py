@@ -30,9 +30,10 @@ from .core import *
 from .checkpoint import *
 from .task_vector import *
 from .gradient import *
+from .head import *
 from .objective import *
 from .merge import *
-from .merge import _folder,_plan
+from .merge import _plan
 from .sparse import *
 
 # %% ../nbs/25_adamerging.ipynb #2692c951
@@ -177,8 +178,8 @@ class _Search:
         self.model,self.params,self.groups,self.fixed,self.o = model,params,groups,fixed,o
         self.names = list(dict.fromkeys(g for g in groups.values() if g))
         head = set(plan.heads)
-        read = lambda m,k: plan.read_head(m, k) if k in head else tensor_view(plan.sources[m], k)
-        base = {k:None if k in head else tensor_view(plan.base, k) for k in params}
+        read = lambda m,k: plan.read_head(m, k) if k in head else plan.sources[m].read(k, copy=False)
+        base = {k:None if k in head else plan.base.read(k, copy=False) for k in params}
         self.views = base,[{k:read(m, k) for k in params} for m in plan.sources]
         self.device = next(p.device for p in params.values() if not p.is_meta)
         self.taus = TaskVectors(*self.views, rows, o.keep, o.dtype, self.device, 1<<18 if self.device.type=='cpu' else 1<<24)
@@ -394,7 +395,7 @@ def elected_sources(
     with ExitStack() as stack, one_thread():
         tmp = {k:stack.enter_context(atomic_dir(f)) for k,f in folders.items()}
         for k,d in tmp.items():
-            if (f := _folder(sources[k])): copy_model_files(f, d)
+            if (f := model_folder(sources[k])): copy_model_files(f, d)
         spec = lambda m: {k:(m.dtype(k),m.shape(k)) for k in m}
         files = {k:stack.enter_context(CheckpointWriter(tmp[k], spec(m))) for k,m in plan.sources.items()}
         for name,m in plan.sources.items():

@@ -67,9 +67,11 @@ def team_probabilities(
 
 # %% ../nbs/47_adapt.ipynb #10663964
 def check_adaptation(
-    **options, # Of `adapt` and `adamerge`
+    **options, # As in an experiment: of `adapt` and `adamerge`, text, and prior by name
 )->None:
     "Raise on an option that does not exist, or a choice that is not offered, before any work"
+    if (text := options.pop('text', 'dev')) not in ('dev','test'): raise ValueError(f"text is 'dev' or 'test'; got {text!r}")
+    if (p := options.get('prior', 'train'))!='train': raise ValueError(f"prior is 'train', the label shares of the sources; got {p!r}")
     known = {k for f in (adapt,adamerge) for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty}
     for k in set(options)-known: raise TypeError(f"adamerging has no option {k!r}; it takes {', '.join(sorted(known))}")
     for k,allowed in dict(scope=scopes, constraint=constraints, objective=objectives).items():

@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'required', 'declared', 'template_options', 'command', 'parser', 'parse', 'main', 'demo_command',
            'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command', 'select_command',
-           'merge_command', 'match_base_command', 'compat_command', 'report_command']
+           'merge_command', 'audit_command', 'match_base_command', 'compat_command', 'report_command']
 
 # %% ../nbs/59_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. Every word of that help is the comment beside a parameter, here, in
@@ -136,7 +136,7 @@ def _overview():
 # %% ../nbs/59_cli.ipynb #36717861
 def main(
     argv=None, # The arguments after `merginguriel`; None: those of the process
-)->int: # Exit code: 0, or 2 after an error
+)->int: # Exit code: 0; 1 if an audit found a fault; 2 after an error
     "Run one command"
     passive_threads()
     name,*rest = list(sys.argv[1:] if argv is None else argv) or ['']
@@ -149,7 +149,7 @@ def main(
             raise ValueError(f"no such command;{near and f' did you mean {near}?'} there are {', '.join(commands)}")
         args = parse(name, rest)
         args.pop('traceback')
-        commands[name](**args)
+        return commands[name](**args) or 0
     except SystemExit as e: return e.code or 0 # argparse, after --help
     except KeyboardInterrupt:
         print(f'merginguriel {name}: interrupted', file=sys.stderr)
@@ -158,7 +158,6 @@ def main(
         if '--traceback' in rest or os.environ.get('MERGINGURIEL_TRACEBACK'): raise
         print(f'merginguriel {name}: {_message(e)}', file=sys.stderr)
         return 2
-    return 0
 
 # %% ../nbs/59_cli.ipynb #47f56836
 def _tty(): return sys.stderr.isatty() # Bars are for people
@@ -345,6 +344,25 @@ def _merge_recipe(config, out, given, options):
     r = run_recipe(config, out, **options)
     for o in r.record['notes']: print(f'note: {o}')
     _print_merge(r)
+
+# %% ../nbs/59_cli.ipynb #7aa86a06
+@command('audit', lambda argv: declared('audit.audit', 'exclude digests'))
+def audit_command(
+    merged:str, # Merged model: folder or file
+    base:required, # Pretrained base: 'mini', a folder or a hub name
+    sources:required, # Models as en-US=path,de-DE=path, or a folder with one model folder each
+    weights:str=None, # What was meant, as .5,.5 or en-US=.5,de-DE=.5; without it, what the model's own record says
+    json:str=None, # JSON file to write the report to
+    **options, # Those of `audit`
+):
+    "What is really in a merged model, and what went wrong; exit code 1 if it names a fault"
+    from json import dumps
+    from merginguriel.audit import audit
+    r = audit(merged, _base(base), _models(sources), weights=_weights(weights), **options)
+    if json:
+        with atomic_write(json) as f: f.write(dumps(r.to_dict(), indent=1, ensure_ascii=False)+'\n')
+    print(r)
+    return int(bool(r.warnings))
 
 # %% ../nbs/59_cli.ipynb #784ab9b9
 @command('match-base', lambda argv: declared('base_model.match_base', 'out seed new_head allow_generic allow_pickle'))

@@ -6,8 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/core.html.md"""
 
 # %% auto #0
 __all__ = ['MerginGurielError', 'CheckpointError', 'IncompatibleError', 'MissingDataError', 'ContractError', 'StoreError',
-           'fsync_dir', 'atomic_write', 'atomic_dir', 'canonical_json', 'config_hash', 'file_digest', 'derive_seed',
-           'seed_everything', 'cache_dir']
+           'fsync_dir', 'atomic_write', 'atomic_dir', 'check_apart', 'canonical_json', 'config_hash', 'file_digest',
+           'derive_seed', 'seed_everything', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #a34c6caf
 """What every other module stands on. A file appears whole or not at all (`atomic_write`, `atomic_dir`); a configuration,
@@ -84,6 +84,18 @@ def atomic_dir(
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
+
+# %% ../nbs/00_core.ipynb #d17b8538
+def check_apart(
+    out:str|Path, # Where a result will be written
+    inputs:dict, # Name -> what it is made from; only paths are looked at
+)->None:
+    "Raise if `out` is one of `inputs`, inside one or around one"
+    for name,p in inputs.items():
+        if not isinstance(p, (str,Path)): continue
+        p,o = Path(p).resolve(),Path(out).resolve()
+        if o==p or o in p.parents or p in o.parents:
+            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
 
 # %% ../nbs/00_core.ipynb #d1d44894
 def _plain(o):

@@ -34,6 +34,7 @@ from .data import *
 from .mini import *
 from .train import *
 from .evaluate import *
+from .measure import *
 from .adapt import *
 from .significance import *
 from .compatibility import *
@@ -146,11 +147,9 @@ def pool(self:Experiment)->list: # Locales in their own order, without the targe
 
 # %% ../nbs/51_experiment.ipynb #b7d5df4e
 def _check_method(name, hp):
-    text = text_of(dict(hp, method=name))
-    if text is None: return check_hyperparameters(name, hp)
-    if text not in ('dev','test'): raise ValueError(f"text is 'dev' or 'test'; got {text!r}")
-    if hp.get('prior', 'train')!='train': raise ValueError(f"prior is 'train', the label shares of the sources; got {hp['prior']!r}")
-    check_adaptation(**{k:v for k,v in hp.items() if k not in ('text','prior')})
+    if measures(name, hp): return check_measuring(name, **hp)
+    if text_of(dict(hp, method=name)): return check_adaptation(**hp)
+    check_hyperparameters(name, hp)
 
 @patch
 def check(self:Experiment)->dict: # The contract's record
@@ -279,14 +278,17 @@ def merge_one(self:Experiment,
     "Merge `models` by one method, or find the merge where an earlier run left it"
     name,hp = _method(method)
     texts = unlabelled(self.dataset_of(self.target, text_of(method))) if text_of(method) else None
-    if methods.traits(name).default=='ones': weights = weights*len(weights)
+    own = {o:self.dataset_of(o, 'train') for o in models} if measures(name, hp) else None
+    if not own and methods.traits(name).default=='ones': weights = weights*len(weights)
     start = self.start()
     digests = {k:open_checkpoint(v).digest() for k,v in models.items()}
     key = config_hash(dict(base=open_checkpoint(start).digest(), sources=digests, weights=dict(weights), method=name,
-        hp=hp if texts else check_hyperparameters(name, hp), texts=texts and texts._fingerprint, head=self.head, seed=self.seed))
+        hp=hp if texts or own else check_hyperparameters(name, hp), texts={o:d._fingerprint for o,d in own.items()} if own else
+            texts and texts._fingerprint, head=self.head, seed=self.seed))
     path = Path(out)/'merged'/f'{self.target}-{name}-{key}'
     if (path/'merge_record.json').exists(): return path
-    if texts is None: merge(start, models, path, name, weights, head=self.head, seed=self.seed, **hp)
+    if own: merge_measured(start, models, own, path, name, weights, Path(out)/'statistics', self.head, self.seed, device, **hp)
+    elif texts is None: merge(start, models, path, name, weights, head=self.head, seed=self.seed, **hp)
     else:
         o = {k:v for k,v in hp.items() if k!='text'}
         if 'prior' in o: o['prior'] = self.label_shares(models)

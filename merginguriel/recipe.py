@@ -26,7 +26,6 @@ from .base_model import *
 from .card import *
 from .adapter import *
 from .merge import *
-from .merge import _check_out
 
 # %% ../nbs/58_recipe.ipynb #6e1b9564
 _methods = { # Name in mergekit -> settings it reads, with mergekit's defaults; None: must be given
@@ -228,7 +227,7 @@ def run_recipe(
     _check_layers(r.config)
     base = r.base and _model(r.base, None, labels)
     sources = {k:_model(m, base, labels) for k,m in r.sources.items()}
-    _check_out(out, base, sources)
+    check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
         m = merge(base, sources, d, r.method, r.weights, head, seed, allow_mixed_heads, allow_generic, **r.hp)
         record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), Path(out).name)

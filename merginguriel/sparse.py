@@ -19,20 +19,27 @@ import math
 from collections import namedtuple
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 from .task_vector import *
 from .merge import *
 
 # %% ../nbs/22_sparse.ipynb #ec3e29e8
 Kth = namedtuple('Kth', 'value left equal') # Value; how many of its equals are among the k largest; how many there are
 
-def _digits(counts, x, prefix, shift):
-    "Add to `counts` the 16 bits above `shift` of each magnitude that begins with `prefix`"
-    bits = x.abs().view(torch.int64 if x.dtype==torch.float64 else torch.int32)
-    for c,b,p in zip(counts, bits, prefix):
-        if p is None: c += torch.bincount(b>>shift, minlength=1<<16)
-        else:
-            b = b[b>>(shift+16)==p]&((1<<shift+16)-1)
-            c.index_add_(0, b>>shift, torch.ones(len(b), dtype=c.dtype))
+class _Digits:
+    "How often each 16 bits above `shift` occur in the magnitudes of one row that begin with `prefix`"
+    def __init__(self, prefix, shift): self.prefix,self.shift,self.counts,self.waiting = prefix,shift,torch.zeros(1<<16).long(),[]
+    def add(self, x):
+        bits = x.abs().view(torch.int64 if x.dtype==torch.float64 else torch.int32)
+        if (p := self.prefix) is not None: # Few have this beginning; NumPy picks them faster
+            b,s = bits.numpy(),self.shift+16
+            bits = torch.from_numpy(b[(b>=p<<s)&(b<p+1<<s)])
+        self.waiting.append(bits)
+        if sum(map(len, self.waiting))>=1<<18: self.total()
+    def total(self):
+        if self.waiting: self.counts += torch.bincount(torch.cat(self.waiting)>>self.shift&0xffff, minlength=1<<16)
+        self.waiting = []
+        return self.counts
 
 # %% ../nbs/22_sparse.ipynb #1a92b6a3
 def kth_magnitude(
@@ -47,8 +54,10 @@ def kth_magnitude(
 def _kth(chunks, k, n, dtype):
     prefix,left = [None]*n,torch.full((n,), k)
     for shift in range(16 if dtype==torch.float32 else 48, -1, -16):
-        counts = torch.zeros(n, 1<<16, dtype=torch.int64)
-        for x in chunks(): _digits(counts, x.to('cpu', dtype), prefix, shift)
+        digits = [_Digits(p, shift) for p in prefix]
+        for x in chunks():
+            for d,row in zip(digits, x.to('cpu', dtype)): d.add(row)
+        counts = torch.stack([d.total() for d in digits])
         if k>(d := int(counts[0].sum())) and prefix[0] is None: raise ValueError(f"the {k}-th largest of {d} values")
         above = counts.flip(1).cumsum(1).flip(1) # How many have this digit or a larger one
         digit = (above>=left[:,None]).sum(1)-1
@@ -91,14 +100,14 @@ def trim(
         if trim_rule=='exact':
             limit = torch.stack([(o.abs()==v).nonzero()[i-1,0]+1 for o,v,i in zip(flat, threshold, k.left)])
     if threshold is None: return taus.clone()
-    size = flat.abs()
-    if limit is not None: # Where no equal entry is kept, the next larger number is the threshold
-        first = threshold
-        threshold = torch.where(limit>0, first, torch.nextafter(first, torch.full_like(first, math.inf)))
-        for i in ((limit>0)&(limit<flat.shape[1])).nonzero()[:,0]:
-            rest = size[i,limit[i]:]
-            rest.masked_fill_(rest==first[i], -1)
-    return (flat*(size>=threshold[:,None])).view_as(taus)
+    below = torch.nextafter(threshold, torch.full_like(threshold, -math.inf)).tolist() # The largest magnitude dropped
+    rows = []
+    for i,(x,first) in enumerate(zip(flat, threshold.tolist())):
+        n = len(x) if limit is None else int(limit[i])
+        x = hardshrink(x, below[i] if n>0 else first)
+        if 0<n<len(x): x[n:].masked_fill_(x[n:].abs()==first, 0)
+        rows.append(x)
+    return torch.stack(rows).view_as(taus)
 
 # %% ../nbs/22_sparse.ipynb #12fb5c36
 def elect(
@@ -111,7 +120,7 @@ def elect(
     _one_of(zero=(zero,('drop','official')))
     if (weights==weights[0]).all(): weights = torch.ones_like(weights) # So that opposite values cancel exactly
     s = torch.zeros(taus.shape[1:], dtype=torch.float64, device=taus.device)
-    for w,tau in zip(weights, taus): s += (w*tau).double()
+    for w,tau in zip(weights.tolist(), taus): s.add_(tau.double(), alpha=w)
     s.sign_()
     if zero=='official': s[s==0] = 1. if (s.sum() if majority is None else majority)>0 else -1.
     return s.to(taus.dtype)
@@ -125,12 +134,13 @@ def disjoint(
 )->Tensor: # (*shape)
     "Combine the entries that have the elected sign"
     _one_of(combine=(combine,('mean','sum','max')))
-    agree = (taus*sign).clamp_(min=0) # Magnitudes of those that agree, 0 elsewhere
-    if combine=='max': return agree.amax(0)*sign
-    total = sum(w*a for w,a in zip(weights, agree))*sign
-    if combine=='sum': return total
-    share = sum(w*a.sign_() for w,a in zip(weights, agree))
-    return total/share.masked_fill_(share==0, 1)
+    total,share = torch.zeros_like(sign),torch.zeros_like(sign)
+    for w,tau in zip(weights.tolist(), taus):
+        a = (tau*sign).clamp_(min=0) # Magnitudes of those that agree, 0 elsewhere
+        if combine=='max': torch.maximum(total, a, out=total)
+        else: total.add_(a, alpha=w)
+        if combine=='mean': share.add_(a.sign_(), alpha=w)
+    return total.mul_(sign) if combine!='mean' else total.mul_(sign).div_(share.masked_fill_(share==0, 1))
 
 # %% ../nbs/22_sparse.ipynb #cf3124fd
 _Cut = namedtuple('_Cut', 'value limits majority') # limits: for each source (place of the tensor in `scan.keys`, index) or None
@@ -140,9 +150,11 @@ def _limits(scan, keys, k):
     left,found = k.left.tolist(),[None]*len(k.left)
     todo = {i for i,(a,b) in enumerate(zip(k.left, k.equal)) if a<b and k.value[i]>0}
     if not todo: return found
-    for block,_,taus in scan(keys):
+    def equal(block, _, taus): # Where each source has its threshold; None: nowhere, or not looked for
+        return block,[i in todo and (t.reshape(-1).abs()==v).nonzero()[:,0] for i,(t,v) in enumerate(zip(taus, k.value))]
+    for block,places in scan.map(equal, keys):
         for i in list(todo):
-            at = (taus[i].reshape(-1).abs()==k.value[i]).nonzero()[:,0]
+            at = places[i]
             if len(at)>=left[i]:
                 found[i] = (scan.keys.index(block.key), block.start+int(at[left[i]-1])+1)
                 todo.remove(i)

@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'match-base', 'compat', 'report']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'compat', 'report']
 
 
 @pytest.fixture(scope='session')
@@ -80,7 +80,7 @@ BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_s
     ('finetune', 'train.finetune', 'seed dtype'), ('finetune', 'data.load_intents', 'locale'),
     ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
     ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
-    ('merge', 'merge.merge', 'method head seed replace'), ('match-base', 'base_model.match_base', 'out seed new_head'),
+    ('merge', 'merge.merge', 'method head seed replace'), ('audit', 'audit.audit', 'exclude digests'), ('match-base', 'base_model.match_base', 'out seed new_head'),
     ('compat', 'compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric seed layer estimator n')]
 
 @pytest.mark.parametrize('name,place,params', BORROWED)
@@ -217,6 +217,22 @@ def test_merge_of_adapters(here, capfd):
     assert (delta-want).abs().max() < 1e-5
 
 
+def test_audit(here, capfd):
+    "0 where nothing is wrong, 1 where something is, and the report as JSON"
+    assert typed('merge merged --base base --sources models --weights .5,.3,.2', capfd)[0] == 0
+    code, out, err = typed('audit merged --base base --sources models --digests --json r.json', capfd)
+    assert code == 0 and err == '' and 'the coefficients are what was meant, linear by its record' in out
+    r = json.loads(Path('r.json').read_text())
+    assert r['warnings'] == [] and r['table']['body']['de-DE'] == pytest.approx(.5) and r['head']['status'] == 'average'
+    pairs = '--sources de-DE=models/de-DE,en-US=models/en-US,sq-AL=models/sq-AL'
+    code, out, err = typed(f'audit merged --base base {pairs} --weights .3,.5,.2 --json r.json', capfd)
+    assert code == 1 and err == '' and "warning, swapped: de-DE and en-US have each other's coefficient" in out
+    assert [o['kind'] for o in json.loads(Path('r.json').read_text())['warnings']] == ['swapped']
+    code, out, _ = typed(f'audit merged --base models/de-DE {pairs} --exclude embeddings', capfd)
+    assert code == 1 and 'embeddings' not in out and 'warning, wrong base: de-DE is the base' in out
+    r = program('audit', 'merged', '--base', 'base', '--sources', 'models', '--weights', '.2,.3,.5')
+    assert r.returncode == 1 and r.stderr == '' and 'swapped' in r.stdout
+
 def test_match_base(here, capfd):
     code, out, _ = typed('match-base base models/sq-AL --out matched', capfd)
     assert code == 0 and out.startswith('matched\ndrawn from the seed: classifier.dense.bias,')
@@ -273,6 +289,10 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('merge m --base base --sources models --weights nan,1,1', 'the weight of de-DE is nan'), ('merge models --base base --sources models', 'another folder'),
     ('merge m --base base --sources models --head mean', 'head is one of'), ('merge m --base base --sources en-US=absent', 'absent'),
     ('merge m --base base', 'needs --sources, or --config'), ('merge m --config absent.yaml', 'No such file or directory: absent.yaml'),
+    ('audit models/sq-AL --sources models', 'required: --base'), ('audit absent --base base --sources models', 'no checkpoint at absent'),
+    ('audit models/sq-AL --base base --sources models --weights .5,.5', 'one finite number for each of de-DE, en-US, sq-AL'),
+    ('audit models/sq-AL --base base --sources models --digests', 'which the merged model does not have'),
+    ('audit models/sq-AL --base base --sources models --exclude .', 'leaves none'), ('audit m --base base --source models', 'did you mean --sources?'),
     ('match-base base absent/m', 'absent/m'), ('report', 'no store at runs/store.sqlite'), ('report --store models', 'models is a folder'),
     ('report --store models/sq-AL/config.json', 'is not an SQLite file'), ('templates x', 'unrecognized arguments: x')]
 

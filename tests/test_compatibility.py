@@ -25,14 +25,21 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    "Bytes fetched from each file, by the name of its folder"
-    seen, fetch = {}, checkpoint._fetch
+    "Bytes read or hashed from each file, by the name of its folder"
+    seen, read, hashed = {}, checkpoint.Checkpoint.read, checkpoint._hash
     checkpoint._digests.clear() # As in a new process
-    def count(f, start, n, itemsize):
-        k = os.path.basename(os.path.dirname(f.name))
+    def count(where, n):
+        k = os.path.basename(os.path.dirname(where.name))
         seen[k] = seen.get(k, 0)+n
-        return fetch(f, start, n, itemsize)
-    monkeypatch.setattr(checkpoint, '_fetch', count)
+    def read_and_count(self, k, *args, **kw):
+        t = read(self, k, *args, **kw)
+        count(self._entry(k).where, t.nbytes)
+        return t
+    def hash_and_count(e):
+        count(e.where, checkpoint._nbytes(e))
+        return hashed(e)
+    monkeypatch.setattr(checkpoint.Checkpoint, 'read', read_and_count)
+    monkeypatch.setattr(checkpoint, '_hash', hash_and_count)
     return seen
 
 def tensors(path): c = open_checkpoint(path); return {k: c.read(k) for k in c}

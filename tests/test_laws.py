@@ -9,14 +9,32 @@ from merginguriel.sparse import ties
 from merginguriel.task_vector import task_vector
 
 ALL = list(methods)
-SHAPES = {'b.bias':(6,), 'a.weight':(7,5), 'c.scale':(), 'd.conv':(3,2,2), 'e.empty':(0,4)}
+SHAPES = {'b.bias':(6,), 'a.weight':(7,5), 'c.scale':(), 'layer.0.conv':(3,2,2), 'e.empty':(0,4)}
 HEAD = {'classifier.weight':(2,3)}
 # Hyperparameters to try besides the defaults; a method without an entry is tested with its defaults
 VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='tensor'), dict(density=.3, trim_rule='kth_ge', zero='official'),
-    dict(density=.6, combine='sum', scale=.3), dict(combine='max'), dict(density=1)]}
-CASES = [(m,hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
-IDS = [f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in CASES]
-cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
+    dict(density=.6, combine='sum', scale=.3), dict(combine='max'), dict(density=1)],
+    'slerp':[dict(of='task_vectors'), dict(of='task_vectors', scope='global', straight=1)],
+    'karcher':[dict(of='task_vectors'), dict(of='task_vectors', scope='global', length='own')],
+    'chain':[dict(of='task_vectors'), dict(scope='global', straight=1), dict(of='task_vectors', legacy=True)],
+    'model_stock':[dict(scope='global')], 'directional_consensus':[dict(alpha=.3), dict(scope='global', alpha=.7)],
+    'lines':[dict(of='ties', hp=dict(density=.5)), dict(of='karcher', hp=dict(of='task_vectors', scope='global'), alpha=.2, beta=.5)],
+    'dare':[dict(drop=0), dict(drop=.5, then='ties'), dict(drop=.5, then='linear'), dict(drop=.5, rescale='l1', hp=dict(scale=1.))],
+    'breadcrumbs':[dict(scope='tensor'), dict(density=.4, then='ties', hp=dict(density=.3)), dict(density=1, gamma=0)],
+    'della':[dict(window=.4, then='linear'), dict(hp=dict(density=.5, combine='sum')), dict(drop=.5, window=0, then='breadcrumbs')],
+    'consensus':[dict(k_min=1, lam=.2), dict(k_min=0)],
+    'fisher':[dict(floor=0.), dict(normalise=True)], 'regmean':[dict(alpha=1., ridge=0.), dict(alpha=.3)],
+    'iso_cts':[dict(common=.5), dict(common=0, scale=.4)], 'wudi':[dict(ridge=0), dict(solve='adam', steps=5, lr=1e-3)], 'actmat':[dict(ridge=0)],
+    'ace':[dict(heterogeneity=0, refine=.5), dict(eps=1e-2, heterogeneity=10.)]}
+ADAM = {'solve':'adam'} # WUDI by iteration: its steps have one size, and it starts at the sum
+AT_MOST = {'slerp':2} # Sources that a method takes, where there is a limit
+STATISTICS = {'fisher':'information', 'regmean':'grams'} # Methods that need what was measured, and the argument that takes it
+NAMES = ['sq-AL','de-DE','vi-VN','sw-KE','en-US']
+
+@pytest.fixture(autouse=True)
+def most(request):
+    "Keeps `world` within what the tested method takes"
+    world.most = AT_MOST.get(getattr(request.node, 'callspec', None) and request.node.callspec.params.get('method'), 5)
 
 def model(seed, like=None, step=1., dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
@@ -27,9 +45,37 @@ def model(seed, like=None, step=1., dtype=torch.float32):
 
 def world(n=3, dtype=torch.float32):
     base = model(0, dtype=dtype)
-    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(['sq-AL','de-DE','vi-VN','sw-KE','en-US'][:n])}
+    sources = {k:model(i+1, base, .3, dtype) for i,k in enumerate(NAMES[:min(n, world.most)])}
     for m in sources.values(): m['classifier.weight'] = 1+base['classifier.weight']*.01+m['classifier.weight']*.01 # One initialisation
     return base,sources,dict(zip(sources, [.5,.3,.2,.7,.1]))
+
+def measures_the_model(method, hp):
+    "Whether something is measured over the whole model, by the method or by what it does `then`"
+    ps = {k:p.default for k,p in inspect.signature(methods[method]).parameters.items()}|hp
+    if 'then' in ps: return measures_the_model(ps['then'], ps['hp'] or {})
+    return bool(methods.traits(method).prepare) and ps.get('scope', 'global' if method in ('lines','fisher') else 'tensor')=='global'
+
+def given(method, models, folder=None):
+    "What `method` cannot do without: made-up statistics of `models`, name -> tensors; as files if there is a `folder`"
+    if method not in STATISTICS: return {}
+    out = {}
+    for i,(n,m) in enumerate(sorted(models.items())):
+        g = torch.Generator().manual_seed(50+i)
+        draw = lambda *s: torch.rand(s, generator=g, dtype=torch.float64)
+        floats = {k:v for k,v in sorted(m.items()) if v.is_floating_point()}
+        if method=='fisher': out[n] = {k:.1+draw(*v.shape) for k,v in floats.items()}
+        else: out[n] = {k:(x := draw(3*v.shape[1], v.shape[1])).T@x for k,v in floats.items() if v.dim()==2}
+        if folder: out[n] = str(save_checkpoint(out[n], folder/f'{method}-{n}.safetensors'))
+    return {STATISTICS[method]:out}
+
+def pure(method, hp, key, names):
+    "Arguments of the pure function for one tensor: what the loop looks up is handed in"
+    found = [hp[STATISTICS[method]][n].get(key) for n in names] if method in STATISTICS else [None]
+    return hp if found[0] is None else hp|dict(measured=torch.stack(found))
+
+CASES = [(m,given(m, dict.fromkeys(NAMES, model(0)))|hp) for m in ALL for hp in [{}, *VARIANTS.get(m, [])]]
+IDS = [f"{m}-{'-'.join(str(v) for v in hp.values() if not isinstance(v, dict)) or 'default'}" for m,hp in CASES]
+cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
 
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
 def body(m): return {k:v for k,v in m.items() if v.is_floating_point() and not k.startswith('classifier')}
@@ -47,9 +93,11 @@ def test_order_of_sources_is_irrelevant(method, hp):
     assert same(a, merge_state_dicts(base, dict(reversed(sources.items())), method, w, **hp))
     fn = methods[method] # And the pure function, up to rounding
     taus = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]).double()
-    ws,p = torch.tensor(list(w.values()), dtype=torch.float64),torch.tensor([3,0,4,2,1])
-    b = base['a.weight'].double()
-    assert torch.allclose(fn(b, taus, ws, **hp), fn(b, taus[p], ws[p], **hp), rtol=1e-12, atol=1e-12)
+    ws,p = torch.tensor(list(w.values()), dtype=torch.float64),[o for o in (3,0,4,2,1) if o<len(sources)]
+    b,names = base['a.weight'].double(),list(sources)
+    # A method that is told the names of the sources, as the key of its draws, is told them in the order of their task vectors
+    named = lambda ks: pure(method, hp, 'a.weight', ks)|(dict(names=ks) if 'names' in methods.traits(method).given else {})
+    assert torch.allclose(fn(b, taus, ws, **named(names)), fn(b, taus[p], ws[p], **named([names[i] for i in p])), rtol=1e-12, atol=1e-12)
 
 @cases
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
@@ -66,10 +114,10 @@ def test_inputs_are_not_modified(method, hp):
     before = [{k:v.clone() for k,v in m.items()} for m in (base,*sources.values())]
     merge_state_dicts(base, sources, method, w, **hp)
     assert all(same(a, b) for a,b in zip(before, (base,*sources.values())))
-    taus,ws = torch.randn(3,4,2),torch.ones(3)
+    taus,ws = torch.randn(len(sources),4,2),torch.ones(len(sources))
     kept = taus.clone()
     methods[method](torch.zeros(4,2), taus, ws, **hp)
-    assert torch.equal(taus, kept) and torch.equal(ws, torch.ones(3))
+    assert torch.equal(taus, kept) and torch.equal(ws, torch.ones(len(sources)))
 
 @cases
 def test_same_seed_same_result(method, hp):
@@ -89,10 +137,10 @@ def test_streaming_is_in_memory_is_dense(method, hp, tmp_path):
     for k,m in {'base':base, **sources}.items():
         (tmp_path/k).mkdir()
         paths[k] = save_checkpoint(dict(reversed(m.items())) if k=='sq-AL' else m, tmp_path/k).parent
-    b = paths.pop('base')
+    b,files = paths.pop('base'),given(method, dict.fromkeys(NAMES, model(0)), tmp_path)
     for size in (1,4,11,1<<17):
         assert same(dense, merge_state_dicts(base, sources, method, w, max_elements=size, **hp)), size
-        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp).path)
+        c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp|files).path)
         assert same(dense, {k:c.read(k) for k in c}), size
 
 @cases
@@ -107,15 +155,21 @@ def test_the_loop_applies_the_pure_function(method, hp):
     "To each tensor; or, where something is measured over the whole model, to the whole model as one vector"
     base,sources,w = world(dtype=torch.float64)
     got,t = merge_state_dicts(base, sources, method, w, **hp),methods.traits(method)
-    fn,taus,ws = methods[method],[task_vector(base, sources[k]) for k in sorted(sources)],torch.tensor([w[k] for k in sorted(sources)], dtype=torch.float64)
-    if t.deterministic and not (t.prepare and hp.get('scope', 'global')=='global'):
+    fn,names = methods[method],sorted(sources)
+    taus,ws = [task_vector(base, sources[k]) for k in names],torch.tensor([w[k] for k in names], dtype=torch.float64)
+    whole = measures_the_model(method, hp)
+    if whole and 'then' in inspect.signature(fn).parameters: pytest.skip('drops by row, then measures the model: see the test of `then`')
+    if t.deterministic and not whole:
         for k in body(base):
-            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **hp), rtol=1e-12, atol=1e-14), k
+            o = pure(method, hp, k, names)
+            if base[k].numel(): assert torch.allclose(got[k], fn(base[k], torch.stack([o[k] for o in taus]), ws, **o), rtol=1e-12, atol=1e-14), k
     elif t.deterministic:
         keys = sorted(body(base))
         flat = lambda m: torch.cat([m[k].reshape(-1) for k in keys])
-        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp)
-        assert torch.equal(flat(got), want)
+        seen = dict(measured=torch.stack([flat(hp['information'][k]) for k in names])) if method=='fisher' else {}
+        want = fn(flat(base), torch.stack([flat(o) for o in taus]), ws, **hp, **seen)
+        sums = 'coefs' in t.given or method in ('lines','fisher') # Float64 sums over the model, whose order may differ; thresholds may not
+        assert torch.allclose(flat(got), want, rtol=1e-12, atol=1e-12) if sums else torch.equal(flat(got), want)
 
 @cases
 def test_translation(method, hp):
@@ -127,7 +181,7 @@ def test_translation(method, hp):
 
 @cases
 def test_homogeneity(method, hp):
-    if not methods.traits(method).homogeneous: pytest.skip('declared: not homogeneous')
+    if not methods.traits(method).homogeneous or hp.items()>=ADAM.items(): pytest.skip('declared: not homogeneous')
     base,sources,w = world(dtype=torch.float64)
     grow = lambda m: {k:base[k]+4*(v-base[k]) if k in body(m) else v for k,v in m.items()}
     a = merge_state_dicts(base, {k:grow(m) for k,m in sources.items()}, method, w, **hp)
@@ -135,7 +189,7 @@ def test_homogeneity(method, hp):
 
 @cases
 def test_copies_of_one_model(method, hp):
-    convex = methods.traits(method).convex or (method=='task_arithmetic' and hp=={'scale':1.}) or \
+    convex = methods.traits(method).convex and not hp.items()>=ADAM.items() or (method=='task_arithmetic' and hp=={'scale':1.}) or \
         (method=='ties' and hp=={'density':1})
     if not convex: pytest.skip('declared: changes the length of a task vector')
     base,sources,w = world()
@@ -168,6 +222,8 @@ def test_scale_of_weights(method, hp):
 def test_every_source_counts(method, hp):
     "Guards against dropping a model, above all the heaviest (finding 4)"
     base,sources,w = world(4)
+    agree = lambda m: m|{k:v+.2 for k,v in body(m).items()} # A direction in common, without which Model Stock gives the base
+    sources = {k:agree(m) for k,m in sources.items()}
     whole = merge_state_dicts(base, sources, method, w, **hp)
     for k in sources:
         less = {o:m for o,m in sources.items() if o!=k}
@@ -203,3 +259,160 @@ def test_ties_equals_a_sort_with_many_equal_values():
                 order = torch.stack([torch.tensor(sorted(range(len(t)), key=lambda i: (-abs(t[i].item()), i))) for t in taus])
                 keep = torch.zeros_like(taus).scatter_(1, order[:,:n], 1.)
                 assert torch.equal(got, ties(flat(base), taus*keep, torch.ones(3), density=1.)), (unit,density,size)
+
+# ---- the geometry of spheres
+
+SPHERES = [('slerp',{}), ('slerp',dict(straight=1)), ('karcher',{}), ('karcher',dict(length='own')), ('chain',dict(straight=1))]
+spheres = pytest.mark.parametrize('method,hp', SPHERES, ids=[f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in SPHERES])
+
+def points(seed, n, d=6, step=1.):
+    "Base, task vectors and weights, float64; the models lie within a cone that `step` widens"
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64)
+    return draw(d),draw(d)+step*draw(n, d),draw(n).exp()
+
+@pytest.mark.parametrize('step', [1.,.1,1e-3])
+def test_karcher_of_two_is_slerp(step):
+    for seed in range(20):
+        base,taus,w = points(seed, 2, step=step)
+        for of in ('models','task_vectors'):
+            want = methods['slerp'](base, taus, w, of=of, straight=1)
+            assert torch.allclose(methods['karcher'](base, taus, w, of=of, length='own'), want, atol=1e-9)
+        unit = taus/taus.norm(dim=1, keepdim=True) # Of one length they agree whichever length is kept
+        want = methods['slerp'](base, unit, w, of='task_vectors', straight=1)
+        assert torch.allclose(methods['karcher'](base, unit, w, of='task_vectors'), want, atol=1e-9)
+
+def test_karcher_balances_the_ways_to_the_sources():
+    "The definition: the weighted sum of the logarithms is 0, here in the space itself and not in coefficients"
+    for n in (2,3,7,20):
+        base,taus,w = points(n, n, 9)
+        units = (base+taus)/(base+taus).norm(dim=1, keepdim=True)
+        m = methods['karcher'](base, taus, w)
+        assert torch.allclose(m.norm(), (w/w.sum())@(base+taus).norm(dim=1), rtol=1e-12)
+        x = m/m.norm()
+        across = units-(units@x)[:,None]*x
+        logs = torch.atan2(across.norm(dim=1), units@x)[:,None]*across/across.norm(dim=1, keepdim=True)
+        assert (w@logs).norm() < 1e-8*w.sum()
+
+@spheres
+def test_what_turns_the_models_turns_the_merge(method, hp):
+    for seed in range(5):
+        base,taus,w = points(seed, AT_MOST.get(method, 4))
+        q = torch.linalg.qr(points(seed+50, 6)[1])[0]
+        for of in ('models','task_vectors'):
+            a = methods[method](base@q, taus@q, w, of=of, **hp)
+            assert torch.allclose(a, methods[method](base, taus, w, of=of, **hp)@q, atol=1e-9)
+
+@pytest.mark.parametrize('method', ['model_stock','directional_consensus'])
+def test_what_turns_the_task_vectors_turns_the_merge(method):
+    base,taus,w = points(1, 4)
+    q = torch.linalg.qr(points(2, 6)[1])[0]
+    assert torch.allclose(methods[method](base@q, taus@q, w), methods[method](base, taus, w)@q, atol=1e-12)
+
+def test_length_is_between_those_of_the_sources():
+    "Of `karcher` always; of `slerp`, which keeps the sources' own lengths, where the angle is not obtuse"
+    for seed in range(30):
+        for n,step in [(2,.3),(2,3.),(5,1.)]:
+            base,taus,w = points(seed, n, step=step)
+            low,high = (base+taus).norm(dim=1).aminmax()
+            assert low-1e-9 <= methods['karcher'](base, taus, w).norm() <= high+1e-9
+            if n==2 and (base+taus[0])@(base+taus[1])>=0:
+                assert low-1e-9 <= methods['slerp'](base, taus, w, straight=1).norm() <= high+1e-9
+
+@spheres
+def test_spheres_around_the_base(method, hp):
+    "What is declared for models does hold for task vectors: shifts, and multiples"
+    base,taus,w = points(3, AT_MOST.get(method, 4))
+    fn = lambda b,t: methods[method](b, t, w, of='task_vectors', **hp)
+    assert torch.allclose(fn(base+7, taus), fn(base, taus)+7, atol=1e-9)
+    assert torch.allclose(fn(base, 5*taus)-base, 5*(fn(base, taus)-base), atol=1e-9)
+    assert torch.allclose(methods[method](3*base, 3*taus, w, **hp), 3*methods[method](base, taus, w, **hp), atol=1e-9)
+
+def test_chain_keeps_the_weights_of_near_models():
+    w,order = torch.tensor([.2,.5,.3], dtype=torch.float64),[1,2,0]
+    base,taus,_ = points(4, 3, 50)
+    for straight in (.9995,1):
+        near = lambda **hp: methods['chain'](base, 1e-4*taus, w, straight=straight, **hp)-base
+        assert torch.allclose(near(), 1e-4*w@taus, atol=1e-7)
+        wrong = torch.tensor([.6,.15,.25], dtype=torch.float64)
+        assert torch.allclose(near(legacy=True), 1e-4*wrong@taus, atol=1e-7)
+
+def test_streamed_products_equal_dense_ones():
+    "In a tensor of several blocks, and where models are near: cosine .9999"
+    g = torch.Generator().manual_seed(5)
+    base = torch.randn(900, 700, generator=g)
+    sources = {k:{'w':base+.01*(1+torch.randn(900, 700, generator=g))} for k in 'ab'}
+    a,b = (m['w'].double() for m in sources.values())
+    cos = lambda a,b: (a*b).sum()/(a*a).sum().sqrt()/(b*b).sum().sqrt()
+    m = merge_state_dicts({'w':base}, sources, 'slerp', straight=1)['w']
+    assert torch.allclose(m.double(), (a+b)/(2*((1+cos(a, b))/2).sqrt()), rtol=1e-6, atol=1e-6) # sin(Ω/2)/sin Ω = 1/(2·cos(Ω/2))
+    m,t = merge_state_dicts({'w':base}, sources, 'model_stock')['w'],base.double()
+    c = cos(a-t, b-t)
+    assert .4<c<.6 and torch.allclose(m.double(), t+2*c/(1+c)*((a+b)/2-t), rtol=1e-6, atol=1e-6)
+
+@pytest.mark.parametrize('method', [m for m in ALL if m!='lines'])
+def test_lines_is_the_inner_method_at_one(method):
+    "Whatever is registered, with what its own `prepare` measures, in blocks of one row and as a whole"
+    base,sources,w = world()
+    hp = given(method, sources)|({} if methods.traits(method).deterministic else dict(seed=0))
+    want = merge_state_dicts(base, sources, method, w, **hp)
+    for size in (1,None): assert close(merge_state_dicts(base, sources, 'lines', w, of=method, hp=hp, alpha=1, beta=0, max_elements=size), want, 1e-5)
+    twice = merge_state_dicts(base, sources, 'lines', w, of=method, hp=hp, alpha=1, beta=1)
+    assert close({k:base[k]+(twice[k]-base[k])/2 for k in body(base)}, want, 1e-5)
+
+def test_lines_grows_with_the_layer():
+    keys = {'embeddings.w':0,'layer.0.w':0,'layer.1.w':1,'layer.2.w':2,'layer.10.w':3,'norm.w':3}
+    base = {k:torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i,k in enumerate(keys)}
+    sources = {n:{k:v+torch.randn(4, 3, generator=torch.Generator().manual_seed(10*i+j)) for j,(k,v) in enumerate(base.items())}
+        for i,n in enumerate('abc', 1)}
+    mean = merge_state_dicts(base, sources, 'linear')
+    got = merge_state_dicts(base, sources, 'lines', of='task_arithmetic', alpha=.5, beta=.9)
+    for k,l in keys.items(): assert torch.allclose(got[k]-base[k], (.5+.9*l/3)*.9*(mean[k]-base[k]), atol=1e-5), k
+    for of,hp in [('task_arithmetic',{}), ('task_arithmetic',dict(scale=.07)), ('ties',{})]:
+        got = merge_state_dicts(base, sources, 'lines', of=of, hp=hp, beta=0)
+        size = lambda m: sum(float((m[k]-base[k]).abs().sum()) for k in keys)
+        assert abs(size(got)-size(mean)) < 1e-4*size(mean), "without `beta` it is as long as the mean, whatever the inner scale"
+DROPS = [(m,hp) for m in ALL if 'then' in inspect.signature(methods[m]).parameters for hp in [{}, *VARIANTS.get(m, [])]]
+INNER = [('task_arithmetic',{}), ('linear',{}), ('ties',dict(density=.4)), ('ties',dict(density=1)), ('ties',dict(density=.6, zero='official')),
+    ('consensus',{}), ('breadcrumbs',dict(scope='tensor', density=.5))]
+
+@pytest.mark.parametrize('method,hp', DROPS, ids=[f"{m}-{'-'.join(map(str, hp.values())) or 'default'}" for m,hp in DROPS])
+@pytest.mark.parametrize('then,inner', INNER, ids=[f"{m}-{'-'.join(map(str, hp.values()))}" for m,hp in INNER])
+def test_then_merges_what_dropping_left(method, hp, then, inner):
+    "The inner method measures and merges the dropped task vectors, as if they had been the sources"
+    _,sources,w = world()
+    zero = {k:torch.zeros_like(v) for k,v in sources['sq-AL'].items()} # So that models are their task vectors, without rounding
+    hp = {k:v for k,v in hp.items() if k not in ('then','hp')}
+    one = dict(then='task_arithmetic', hp=dict(scale=1.))
+    left = {k:merge_state_dicts(zero, {k:m}, method, {k:1.}, seed=3, **hp, **one) for k,m in sources.items()}
+    for size in (1,1<<17):
+        got = merge_state_dicts(zero, sources, method, w, seed=3, max_elements=size, **hp, then=then, hp=inner)
+        want = body(merge_state_dicts(zero, left, then, w, **inner))
+        exact = methods.traits(then).coefficients is None # The loop adds these in float64
+        assert same(body(got), want) if exact else close(got, want)
+
+@pytest.mark.parametrize('method', ALL)
+def test_dropping_nothing_is_the_inner_method(method):
+    "To the bit, for the pure functions"
+    if methods.traits(method).given and not methods.traits(method).prepare: pytest.skip('its coefficients come from the loop')
+    if method in STATISTICS: pytest.skip('what was measured comes from the loop')
+    base,sources,w = world(4)
+    taus,ws = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]),torch.tensor(list(w.values()))
+    want = methods[method](base['a.weight'], taus, ws)
+    inner = {} if methods.traits(method).deterministic else dict(seed=0) # Else the inner method gets a seed of its own
+    nothing = dict(dare=dict(drop=0), della=dict(drop=0, window=0), breadcrumbs=dict(density=1, gamma=0))
+    for m,hp in nothing.items():
+        if not (m=='della' and method=='ties'): # There ties does not trim
+            assert torch.equal(methods[m](base['a.weight'], taus, ws, then=method, hp=inner, **hp), want), m
+    assert torch.equal(methods['della'](base['a.weight'], taus, ws, 0, 0, 'ties', dict(density=.2)), methods['ties'](base['a.weight'], taus, ws))
+
+@pytest.mark.parametrize('method,hp', [('dare',dict(drop=.9)), ('dare',dict(drop=.5)), ('della',dict(drop=.6, window=.4))])
+def test_dropping_at_random_is_unbiased(method, hp):
+    "The mean over seeds is task arithmetic, within five standard errors at every value"
+    base,sources,w = world()
+    n,inner = 400,dict(then='task_arithmetic', hp=dict(scale=1.))
+    runs = [body(merge_state_dicts(base, sources, method, w, seed=s, **hp, **inner)) for s in range(n)]
+    want = merge_state_dicts(base, sources, 'task_arithmetic', w, scale=1.)
+    for k,v in body(want).items():
+        x = torch.stack([r[k] for r in runs]).double()
+        if v.numel(): assert ((x.mean(0)-v).abs()<=5*x.std(0)/n**.5+1e-6).all(), k
