@@ -438,13 +438,13 @@ def save_checkpoint(
 # %% ../nbs/10_checkpoint.ipynb #bfa43f17
 _tokenizer_files = ['tokenizer.json','tokenizer_config.json','special_tokens_map.json','added_tokens.json','vocab.txt',
     'vocab.json','merges.txt','sentencepiece.bpe.model','spiece.model','spm.model','tokenizer.model',
-    'chat_template.jinja']
+    'chat_template.jinja','preprocessor_config.json']
 
 def copy_model_files(
     src, # Model folder, or a file in it
     dst, # Folder to copy to, created when missing
     config:bool=True, # Copy `config.json` and `generation_config.json`
-    tokenizer:bool=True, # Copy the tokenizer's files
+    tokenizer:bool=True, # Copy the files of the tokenizer, or of the image processor
 )->list[str]: # Names of the files copied
     "Copy configuration and tokenizer from `src` to `dst`, not the weights"
     src,dst = Path(src),Path(dst)

@@ -246,11 +246,11 @@ def _pairs(text, what):
     return {k.strip():v.strip() for k,_,v in pairs}
 
 def _models(text):
-    "Name -> model folder"
+    "Name -> folder of a model or an adapter"
     if '=' in text or not Path(text).is_dir(): return _pairs(text, 'a list of models')
-    found = {o.parent.name:o.parent for o in sorted(Path(text).glob('*/config.json'))}
+    found = {o.parent.name:o.parent for n in ('config.json','adapter_config.json') for o in Path(text).glob(f'*/{n}')}
     if not found: raise MissingDataError(f"{text} has no folder with a config.json; name models as en-US=path,de-DE=path")
-    return found
+    return dict(sorted(found.items()))
 
 # %% ../nbs/59_cli.ipynb #cf769b67
 @command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device'))
@@ -316,17 +316,34 @@ def _value(text):
 @command('merge', lambda argv: declared('merge.merge', 'method head seed allow_mixed_heads allow_generic replace'))
 def merge_command(
     out:str, # Folder to write
-    sources:required, # Models as en-US=path,de-DE=path, or a folder with one model folder each
+    sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each
     base:str=None, # Pretrained base: 'mini', a folder or a hub name; may be left out for a method that needs none
     weights:str=None, # One weight per source, as .5,.5 or en-US=.5,de-DE=.5; without it, the method's own
     hp:str='', # Hyperparameters of the method, as density=.1,scale=1
+    config:str=None, # A mergekit recipe (YAML) in place of sources, base, weights, method and hp
+    labels:str=None, # Names of the labels of sources that are adapters, in id order, comma separated
     **options, # Those of `merge`
 ):
     "Merge checkpoints into a new model folder"
+    labels = _split(labels or '') or None
+    if config: return _merge_recipe(config, out, dict(sources=sources, base=base, weights=weights, hp=hp), dict(labels=labels, **options))
+    from merginguriel.adapter import as_model
     from merginguriel.merge import merge
-    values = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {}
-    r = merge(base and _base(base), _models(sources), out, weights=_weights(weights), **options, **values)
-    print(f'{r}\n{r.weights.to_string()}\nwritten to {r.path}')
+    if not sources: raise ValueError("a merge needs --sources, or --config with a recipe")
+    values,base = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {},base and _base(base)
+    models = {k:as_model(o, base, labels) for k,o in _models(sources).items()}
+    _print_merge(merge(base, models, out, weights=_weights(weights), **options, **values))
+
+def _print_merge(r): print(f'{r}\n{r.weights.to_string()}\nwritten to {r.path}')
+
+def _merge_recipe(config, out, given, options):
+    from merginguriel.recipe import run_recipe
+    method = options.pop('method')
+    said = [f'--{k}' for k,v in given.items() if v]+['--method']*(method!='linear')
+    if said: raise ValueError(f"{config} says what is merged and how; leave out {', '.join(said)}")
+    r = run_recipe(config, out, **options)
+    for o in r.record['notes']: print(f'note: {o}')
+    _print_merge(r)
 
 # %% ../nbs/59_cli.ipynb #7aa86a06
 @command('audit', lambda argv: declared('audit.audit', 'exclude digests'))

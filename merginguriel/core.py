@@ -6,8 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/core.html.md"""
 
 # %% auto #0
 __all__ = ['MerginGurielError', 'CheckpointError', 'IncompatibleError', 'MissingDataError', 'ContractError', 'StoreError',
-           'fsync_dir', 'atomic_write', 'atomic_dir', 'check_apart', 'canonical_json', 'config_hash', 'file_digest',
-           'derive_seed', 'seed_everything', 'cache_dir']
+           'fsync_dir', 'atomic_write', 'atomic_dir', 'check_apart', 'model_folder', 'canonical_json', 'config_hash',
+           'file_digest', 'derive_seed', 'seed_everything', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #a34c6caf
 """What every other module stands on. A file appears whole or not at all (`atomic_write`, `atomic_dir`); a configuration,
@@ -96,6 +96,16 @@ def check_apart(
         p,o = Path(p).resolve(),Path(out).resolve()
         if o==p or o in p.parents or p in o.parents:
             raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
+
+# %% ../nbs/00_core.ipynb #7a131b7c
+def model_folder(
+    path, # Path of a folder or a file, something that has one as `path`, or anything else
+)->Path|None: # Its folder, where that has a config.json
+    "The model folder that `path` is or lies in"
+    path = getattr(path, 'path', path)
+    p = Path(path) if isinstance(path, (str,Path)) else None
+    p = p.parent if p and p.is_file() else p
+    return p if p and (p/'config.json').is_file() else None
 
 # %% ../nbs/00_core.ipynb #d1d44894
 def _plain(o):

@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from . import __version__
 from .core import *
+from .card import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
@@ -176,24 +177,6 @@ class Scan:
         "Number of values in one model"
         return sum(math.prod(self.base.shape(k)) for k in (self.keys if keys is None else keys))
 
-# %% ../nbs/20_merge.ipynb #2f6cf62d
-def _open_base(base, first, source, floats):
-    "The base under the names of the sources, the tensors that are not pretrained, and warnings"
-    if isinstance(base, str) and not Path(base).exists(): base = resolve_model(base)
-    ckpt = open_checkpoint(base)
-    body = [k for k in floats if k not in set(head_keys(floats))]
-    found = match_encoder(ckpt, {k:source.shape(k) for k in floats}) if body else {}
-    found |= {k:k for k in floats if k not in body and k in ckpt}
-    drawn = {k for k in body if k not in found}
-    folder = model_folder(base)
-    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&set(body)
-    view = Checkpoint(ckpt.path, {k:ckpt._entry(o) for k,o in found.items()})
-    check_tensors({'the base':view, first:source}, keys=[k for k in body if k not in drawn])
-    extra = sorted(set(ckpt)-set(found.values())-set(source))
-    say = f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"
-    return ckpt,view,drawn,[say]*bool(extra)
-
-
 # %% ../nbs/20_merge.ipynb #be23c133
 def _heaviest(weights): return min(weights.index, key=lambda k: (-weights[k], k))
 
@@ -232,7 +215,7 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
         sources=used, base=None, base_file=None, max_elements=max_elements if t.elementwise else None, warnings=[])
     heads = set(head_keys(floats))
     if base is not None:
-        p.base_file,p.base,drawn,p.warnings = _open_base(base, first, used[first], floats)
+        p.base_file,p.base,drawn,p.warnings = open_base(base, first, used[first], floats, head)
         heads |= drawn
         if head=='base' and (lack := heads-set(p.base)): raise TensorNamesError(f"head='base', but the base has no "
             f"{min(lack)!r}; choose head='average' or 'best', or give the base a head: match_base(base, {first})")
@@ -391,10 +374,11 @@ def _record(plan, base, sources):
     coefs = None if coefs is None or callable(coefs) else {**dict(zip(plan.sources, coefs)), 'base':1-math.fsum(coefs)}
     share = plan.weights/plan.weights.abs().sum()
     rows = [dict(name=k, path=_path(v), digest=kept_digest(plan.opened[k])[0], weight=plan.all_weights[k],
-        share=float(share.get(k, 0)), used=k in plan.sources) for k,v in sources.items()]
+        share=float(share.get(k, 0)), used=k in plan.sources, card=card_facts(_path(v))) for k,v in sources.items()]
     return dict(format=1, method=plan.method, hyperparameters=_said(plan.hp), coefficients=coefs, sources=rows,
-        base=base and dict(path=_path(base), digest=kept_digest(plan.base_file)[0]),
-        head=dict(policy=plan.head, keys=plan.heads, source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
+        base=base and dict(path=_path(base), digest=kept_digest(plan.base_file)[0], card=card_facts(plan.base_file.path)),
+        head=dict(policy=plan.head, keys=plan.heads, not_in_base=None if plan.base is None else
+            [k for k in plan.heads if k not in plan.base], source=plan.first if plan.head=='best' else None, lowest_cosine=plan.cosine),
         labels=plan.labels, aligned=sorted(plan.order), dtypes=_names(plan.dtypes.values()), warnings=plan.warnings,
         versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
 
@@ -418,16 +402,23 @@ def _check_tokenizers(plan, models):
     folders = {k:f for k,v in models.items() if (f := model_folder(v))}
     have = {k:f for k,f in folders.items() if any(any(f.glob(o)) for o in ('tokenizer*','*.model','vocab*'))}
     if len(have)>1: check_tokenizer(*have.values())
-    lack = sorted(set(folders)-set(have))
+    plan.words = have.get(plan.first, next(iter(have.values()), None)) # All are the same
+    lack = sorted(k for k in set(folders)-set(have) if not (folders[k]/'preprocessor_config.json').is_file()) # Images
     if lack: plan.warnings.append(f"no tokenizer in the folder of {', '.join(lack)}, so it was not compared")
 
 def _copy_files(plan, sources, out):
-    "Configuration and tokenizer of the first source, with the type of the result"
+    "Configuration of the heaviest source, with the type of the result, and the tokenizer"
     if (folder := model_folder(sources[plan.first])) is None:
         return plan.warnings.append(f"no config.json beside {plan.first}: only the weights were written")
     copy_model_files(folder, out)
+    if plan.words: copy_model_files(plan.words, out, config=False)
     config = load_json(out/'config.json')
+    if (kind := model_kind(folder)).endswith('Classification') and not plan.heads:
+        raise IncompatibleError(f"{plan.first} is a {kind} by its config.json, but its weights have no classifier, so the result "
+            "would have none; give the model as it was fine-tuned")
     floats = _names(o for o in plan.dtypes.values() if o.is_floating_point)
+    kinds = _names(m.dtype(k) for m in plan.sources.values() for k in plan.body)
+    if len(kinds)>1: plan.warnings.append(f"the sources are stored as {', '.join(kinds)}, the result as {', '.join(floats)}")
     for k in ('dtype','torch_dtype'):
         if k in config and len(floats)==1: config[k] = floats[0]
     (out/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
@@ -459,4 +450,5 @@ def merge(
             for k,rows,t in _merged(plan): w.write(k, t, rows)
         record = _record(plan, base, sources)
         (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+        write_card(d, name=Path(out).name)
     return MergeReport(Path(out), record, plan.all_weights, head, plan.warnings)

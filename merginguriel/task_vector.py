@@ -46,14 +46,16 @@ def check_tensors(
     "Check that `models` have the same names and shapes, and equal integer tensors, else raise naming what differs"
     models = {k:open_checkpoint(v) for k,v in models.items()}
     first,ref = next(iter(models.items()))
-    want = set(ref if keys is None else keys)
+    have = [set(m) for m in models.values()]
+    some = {k for k in set().union(*have)-set.intersection(*have) if keys is None and re.search(buffer_pattern, k)}
+    want = set(ref)-some if keys is None else set(keys)
     for name,m in models.items():
-        missing,extra = want-set(m), set(m)-want if keys is None else set()
+        missing,extra = want-set(m), set(m)-want-some if keys is None else set()
         advice = "take the same model class and depth from both (`match_base` gives a base the head of its sources)"
         if missing: raise TensorNamesError(f"{name} lacks {_say(missing)}, which {first} has; {advice}")
         if extra: raise TensorNamesError(f"{name} has {_say(extra)}, which {first} lacks; {advice}")
     _check_shapes(models, first, sorted(want))
-    _check_buffers(models, first, [k for k in sorted(want) if not ref.dtype(k).is_floating_point])
+    _check_buffers(models, sorted(want|some))
     return [k for k in sorted(want) if ref.dtype(k).is_floating_point]
 
 # %% ../nbs/12_task_vector.ipynb #fb0e9a6b
@@ -68,10 +70,12 @@ def _check_shapes(models, first, keys):
         if bad: raise IncompatibleError(f"{_say(bad)} of {name} hold {kinds[bad[0]][0]}, of {first} {kinds[bad[0]][1]}; "
             "store both as floating point (dequantize first)")
 
-def _check_buffers(models, first, keys):
+def _check_buffers(models, keys):
     for k in keys:
-        a = models[first].read(k)
-        for name,m in models.items():
+        (first,ref),*rest = [(name,m) for name,m in models.items() if k in m]
+        if ref.dtype(k).is_floating_point: continue
+        a = ref.read(k)
+        for name,m in rest:
             if torch.equal(a, m.read(k).to(a.dtype)): continue
             raise IncompatibleError(f"{k!r} holds integers and differs between {first} and {name}; there is no mean of the two, "
                 "so give both models the same one")

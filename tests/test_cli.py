@@ -188,6 +188,35 @@ def test_merge(here, capfd):
     r = json.loads((here/'two/merge_record.json').read_text())
     assert code == 0 and (r['method'], r['head']['source'], [o['weight'] for o in r['sources']]) == ('linear', 'de-DE', [.25, .75])
 
+def test_merge_from_a_recipe(here, capfd):
+    models = ''.join(f'  - {{model: models/{k}, parameters: {{weight: {w}}}}}\n' for k, w in [('de-DE', .2), ('en-US', .5), ('sq-AL', .3)])
+    (here/'r.yaml').write_text(f'merge_method: ties\nbase_model: base\nparameters: {{density: 0.1}}\nmodels:\n{models}')
+    code, out, _ = typed('merge merged --config r.yaml --head best', capfd)
+    r = json.loads((here/'merged/merge_record.json').read_text())
+    assert code == 0 and 'note: mergekit merges the classifier head' in out and 'ties of 3 sources, head best\n' in out
+    assert (r['hyperparameters']['scope'], r['recipe']['merge_method'], r['head']['source']) == ('tensor', 'ties', 'en-US')
+    for more, said in [('--base base', 'leave out --base'), ('--method ties --hp density=.1', 'leave out --hp, --method')]:
+        assert said in error(f'merge again --config r.yaml {more}', capfd)
+    assert not (here/'again').exists()
+
+
+def test_merge_of_adapters(here, capfd):
+    from merginguriel.base_model import head_keys, model_labels
+    from merginguriel.checkpoint import open_checkpoint, save_checkpoint
+    c, q = open_checkpoint(here/'models/de-DE'), 'roberta.encoder.layer.0.attention.self.query'
+    for i, k in enumerate(('one', 'two')):
+        (here/'adapters'/k).mkdir(parents=True)
+        (here/'adapters'/k/'adapter_config.json').write_text(json.dumps(dict(peft_type='LORA', r=1, lora_alpha=i+1)))
+        factors = {f'{q}.lora_A.weight': c.read(f'{q}.weight')[:1], f'{q}.lora_B.weight': c.read(f'{q}.weight')[:, :1]}
+        t = factors | {o: c.read(o) for o in head_keys(c)}
+        save_checkpoint({f'base_model.model.{o}': v for o, v in t.items()}, here/'adapters'/k/'adapter_model.safetensors')
+    code, out, _ = typed('merge merged --base base --sources adapters --labels lights,music', capfd)
+    assert code == 0 and out.startswith('linear of 2 sources') and model_labels(here/'merged') == ['lights', 'music']
+    delta = open_checkpoint(here/'merged').read(f'{q}.weight')-open_checkpoint(here/'base').read(f'{q[8:]}.weight')
+    want = 1.5*factors[f'{q}.lora_B.weight']@factors[f'{q}.lora_A.weight'] # Scales 1 and 2
+    assert (delta-want).abs().max() < 1e-5
+
+
 def test_audit(here, capfd):
     "0 where nothing is wrong, 1 where something is, and the report as JSON"
     assert typed('merge merged --base base --sources models --weights .5,.3,.2', capfd)[0] == 0
@@ -259,6 +288,7 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('merge m --base base --sources models --weights .5,.5', '2 weights for 3 sources'), ('merge m --base base --sources models --weights a,b,c', "'a'"),
     ('merge m --base base --sources models --weights nan,1,1', 'the weight of de-DE is nan'), ('merge models --base base --sources models', 'another folder'),
     ('merge m --base base --sources models --head mean', 'head is one of'), ('merge m --base base --sources en-US=absent', 'absent'),
+    ('merge m --base base', 'needs --sources, or --config'), ('merge m --config absent.yaml', 'No such file or directory: absent.yaml'),
     ('audit models/sq-AL --sources models', 'required: --base'), ('audit absent --base base --sources models', 'no checkpoint at absent'),
     ('audit models/sq-AL --base base --sources models --weights .5,.5', 'one finite number for each of de-DE, en-US, sq-AL'),
     ('audit models/sq-AL --base base --sources models --digests', 'which the merged model does not have'),

@@ -110,6 +110,8 @@ def test_tokenizer(fresh, tmp_path):
     for p in (f, sources['sq-AL']/'tokenizer_config.json'): p.unlink()
     r = merge(base, sources, tmp_path/'out')
     assert any('no tokenizer in the folder of sq-AL' in o for o in r.warnings)
+    r = merge(base, sources, tmp_path/'heaviest', weights=[.1,.1,.8]) # sq-AL, which has none: the others' is brought along
+    assert (r.path/'tokenizer.json').read_text()==(base/'tokenizer.json').read_text()
 
 def test_output_folder(toy, tmp_path):
     base,sources = toy
@@ -140,7 +142,7 @@ def test_record(toy, tmp_path):
     assert rec==r.record
     assert [(o['name'],o['weight'],o['share'],o['used']) for o in rec['sources']] == [('de-DE',3,.75,True),('en-US',1,.25,True),('sq-AL',0,0,False)]
     assert [o['digest'] for o in rec['sources']] == [open_checkpoint(p).digest() for p in sources.values()]
-    assert rec['base']==dict(path=str(base), digest=open_checkpoint(base).digest())
+    assert rec['base']==dict(path=str(base), digest=open_checkpoint(base).digest(), card={})
     assert rec['coefficients']=={'de-DE':1.5, 'en-US':.5, 'base':-1}
     assert (rec['method'],rec['hyperparameters'],rec['head']['policy'],rec['dtypes'],rec['labels']) == \
         ('task_arithmetic',{'scale':.5},'average',['float32'],['lights','music'])
@@ -277,7 +279,9 @@ def test_masked_language_model_base(fresh, tmp_path):
     config(base, architectures=['XLMRobertaForMaskedLM'])
     for m in MANY:
         r = merge(base, sources, tmp_path/f'{m} 2', m, **hp[m])
-        assert open_checkpoint(r.path).digest()==want[m] and '2 tensors of the base are in no source' in r.warnings[0]
+        assert open_checkpoint(r.path).digest()==want[m]
+        assert r.warnings[0]==('the base is a masked language model without a classifier: the heads of the sources were averaged by weight; '
+            'its lm_head (2 tensors) played no part')
     refused(tmp_path, KeyError, 'match_base', base, sources, head='base')
 
 def test_files_and_dictionaries_mix(toy, tmp_path):
