@@ -31,7 +31,6 @@ from .checkpoint import *
 from .task_vector import *
 from .gradient import *
 from .head import *
-from .objective import *
 from .merge import *
 from .merge import _plan
 from .sparse import *

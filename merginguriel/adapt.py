@@ -24,7 +24,6 @@ from .toy import *
 from .checkpoint import *
 from .base_model import *
 from .gradient import *
-from .objective import *
 from .merge import *
 from .adamerging import *
 from .data import *

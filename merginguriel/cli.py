@@ -328,11 +328,13 @@ def merge_command(
     labels = _split(labels or '') or None
     if config: return _merge_recipe(config, out, dict(sources=sources, base=base, weights=weights, hp=hp), dict(labels=labels, **options))
     from merginguriel.adapter import as_model
-    from merginguriel.merge import merge
+    from merginguriel.merge import merge,merge_cost
     if not sources: raise ValueError("a merge needs --sources, or --config with a recipe")
     values,base = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {},base and _base(base)
     models = {k:as_model(o, base, labels) for k,o in _models(sources).items()}
-    _print_merge(merge(base, models, out, weights=_weights(weights), **options, **values))
+    how = dict(weights=_weights(weights), **values)
+    print(f"{options['method']}: {merge_cost(base, models, **{k:options[k] for k in ('method','head','seed')}, **how)}", flush=True)
+    _print_merge(merge(base, models, out, **options, **how))
 
 def _print_merge(r): print(f'{r}\n{r.weights.to_string()}\nwritten to {r.path}')
 

@@ -34,6 +34,7 @@ from .base_model import *
 from .task_vector import *
 from .head import *
 from .audit import *
+from .adapter import *
 
 # %% ../nbs/20_merge.ipynb #41c613b0
 @dataclass(frozen=True)
@@ -323,7 +324,8 @@ class MergeCost:
     written:int # Bytes written
     seconds:float # CPU seconds, from a sample; the files are taken to be in the page cache
     def __repr__(self):
-        return (f"reads {self.read/1e9:.3g} GB in {self.passes:.3g} pass{'es'*(self.passes>1)}, writes {self.written/1e9:.3g} GB, "
+        size = lambda n: f'{n/1e9:.3g} GB' if n>=1e9 else f'{n/1e6:.3g} MB'
+        return (f"reads {size(self.read)} in {self.passes:.3g} pass{'es'*(self.passes>1)}, writes {size(self.written)}, "
             f"takes about {self.seconds:.2g} CPU seconds")
 
 def _sample(plan, values):
@@ -426,7 +428,7 @@ def _copy_files(plan, sources, out):
 # %% ../nbs/20_merge.ipynb #471c3128
 def merge(
     base, # Pretrained model: folder or file; None where the method needs no base
-    sources:dict, # Name -> fine-tuned model, folder or file
+    sources:dict, # Name -> fine-tuned model, folder or file, or the folder of an adapter of `base`
     out, # Folder to write
     method:str='linear', # Name in `methods`
     weights=None, # Name -> weight, or a list; None: the method's own default
@@ -441,6 +443,7 @@ def merge(
     "Merge checkpoints into a new model folder, block by block"
     _check_arguments(base, sources, method, head)
     check_apart(out, {'the base':base, **sources})
+    sources = {k:as_model(v, base) for k,v in sources.items()}
     with atomic_dir(out, replace) as d:
         plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp)
         _check_tokenizers(plan, {'the base':plan.base_file and plan.base_file.path, **sources})

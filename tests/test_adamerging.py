@@ -12,7 +12,7 @@ from merginguriel.gradient import *
 from merginguriel.merge import merge, merge_state_dicts, methods
 from merginguriel.task_vector import TensorNamesError, tensor_block
 from merginguriel.toy import toy_base, toy_rows, toy_sources
-from merginguriel.objective import Objective
+from merginguriel.gradient import Objective
 
 NAMES = ['de-DE','en-US','sq-AL']
 WORDS = 'roberta.embeddings.word_embeddings.weight'
