@@ -225,7 +225,8 @@ def iter_products(
     base,sources = open_checkpoint(base),{k:open_checkpoint(v) for k,v in sources.items()}
     if keys is None: keys = check_tensors({'the base':base, **sources})
     def one(at):
-        g,s = torch.zeros(len(sources)+1, len(sources)+1, dtype=torch.float64),torch.zeros(2, len(sources), len(sources), dtype=torch.float64)
+        n = len(sources)
+        g,s = torch.zeros(n+1, n+1, dtype=torch.float64),torch.zeros(2, n, n, dtype=torch.float64)
         for x in _stacked([*sources.values(), base], *at):
             p = products(x)
             if not math.isfinite(p.sum()):
