@@ -28,7 +28,7 @@ from .across import *
 from .report import *
 
 # %% ../nbs/57_survey.ipynb #de8f3ea0
-surveyed = ', '.join(['linear','task_arithmetic','ties','ties(density=.5)','dare','dare(drop=.5, then="linear")',
+surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','dare','dare(drop=.5, then="linear")',
     'dare(drop=.5, then="ties")','breadcrumbs','della','consensus','karcher','chain','model_stock','directional_consensus','lines',
     'lines(of="ties")','tsv_m','tsv_m(scale=.2)','iso_c','iso_c(scale=.2)','iso_cts','iso_cts(scale=.2)','wudi','wudi(ridge=1)',
     'actmat','ace','fisher','regmean','regmean_plus']) # What the template on methods compares
