@@ -10,14 +10,13 @@ Memory is the highest RssAnon of the process, sampled from outside: what it has 
 import argparse,json,os,platform,shutil,statistics,subprocess,sys,tempfile,threading,time
 from pathlib import Path
 import numpy as np
-from gram import make,shapes
 
 # What is run: name -> (method, hyperparameters, number of sources or None for K)
 ROWS = dict(linear=('linear',{},None), task_arithmetic=('task_arithmetic',{},None), ties=('ties',{},None),
     ties_tensor=('ties',dict(scope='tensor'),None), dare=('dare',dict(drop=.8),None), breadcrumbs=('breadcrumbs',{},None),
     slerp=('slerp',{},2))
-MERGEKIT = dict(linear='linear', task_arithmetic='task_arithmetic', ties_tensor='ties', dare='dare_linear', slerp='slerp',
-    breadcrumbs='breadcrumbs') # Its `ties` trims each tensor by itself
+MERGEKIT = dict(linear='linear', task_arithmetic='task_arithmetic', ties='ties', dare='dare_linear', slerp='slerp',
+    breadcrumbs='breadcrumbs') # Its `ties` trims each tensor by itself, ours the whole model
 
 
 def prepare(folder, k):
@@ -25,6 +24,7 @@ def prepare(folder, k):
     import torch
     from transformers import XLMRobertaConfig
     from merginguriel.checkpoint import CheckpointWriter,open_checkpoint
+    from gram import make
     make(folder, k)
     config = XLMRobertaConfig(vocab_size=250002, max_position_embeddings=514, type_vocab_size=1, num_labels=60, layer_norm_eps=1e-5,
         architectures=['XLMRobertaForSequenceClassification'])
@@ -42,8 +42,8 @@ def prepare(folder, k):
 
 def floor(folder, k, out):
     "Map and sum K + 1 files, write one"
-    maps = [np.memmap(folder/str(i)/'model.safetensors', dtype=np.uint64, mode='r', offset=8, shape=(os.path.getsize(folder/str(i)/
-        'model.safetensors')-8)//8) for i in range(k+1)]
+    files = [folder/str(i)/'model.safetensors' for i in range(k+1)]
+    maps = [np.memmap(f, dtype=np.uint64, mode='r', offset=8, shape=(os.path.getsize(f)-8)//8) for f in files]
     with open(out, 'wb') as f:
         for a in range(0, len(maps[0]), 1<<17):
             for m in maps: m[a:a+(1<<17)].sum()
@@ -54,7 +54,8 @@ def ours(folder, k, out, method, hp):
     from merginguriel.runner import passive_threads
     passive_threads()
     from merginguriel.merge import merge
-    merge(folder/'0', {str(i):folder/str(i) for i in range(1, k+1)}, out, method, **hp)
+    have = sum(o.name.isdigit() for o in folder.iterdir())-1 # More sources than there are: the same files under other names
+    merge(folder/'0', {f's{i}':folder/str(i%have+1) for i in range(k)}, out, method, **hp)
 
 def recipe(method, folder, k):
     "The same merge as a configuration of mergekit"
