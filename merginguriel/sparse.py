@@ -28,17 +28,21 @@ Kth = namedtuple('Kth', 'value left equal') # Value; how many of its equals are 
 
 class _Digits:
     "How often each 16 bits above `shift` occur in the magnitudes of one row that begin with `prefix`"
-    def __init__(self, prefix, shift): self.prefix,self.shift,self.counts,self.waiting = prefix,shift,torch.zeros(1<<16).long(),[]
+    def __init__(self, prefix, shift, kind):
+        self.prefix,self.shift,self.counts = prefix,shift,torch.zeros(1<<16, dtype=torch.int64)
+        self.waiting,self.n = torch.empty(1<<18, dtype=kind),0
     def add(self, x):
-        bits = x.abs().view(torch.int64 if x.dtype==torch.float64 else torch.int32)
+        bits = x.abs().view(self.waiting.dtype)
         if (p := self.prefix) is not None: # Few have this beginning; NumPy picks them faster
             b,s = bits.numpy(),self.shift+16
             bits = torch.from_numpy(b[(b>=p<<s)&(b<p+1<<s)])
-        self.waiting.append(bits)
-        if sum(map(len, self.waiting))>=1<<18: self.total()
+        for part in bits.split(1<<18):
+            if self.n+len(part)>1<<18: self.total()
+            self.waiting[self.n:self.n+len(part)] = part
+            self.n += len(part)
     def total(self):
-        if self.waiting: self.counts += torch.bincount(torch.cat(self.waiting)>>self.shift&0xffff, minlength=1<<16)
-        self.waiting = []
+        if self.n: self.counts += torch.bincount(self.waiting[:self.n]>>self.shift&0xffff, minlength=1<<16)
+        self.n = 0
         return self.counts
 
 # %% ../nbs/22_sparse.ipynb #1a92b6a3
@@ -54,7 +58,7 @@ def kth_magnitude(
 def _kth(chunks, k, n, dtype):
     prefix,left = [None]*n,torch.full((n,), k)
     for shift in range(16 if dtype==torch.float32 else 48, -1, -16):
-        digits = [_Digits(p, shift) for p in prefix]
+        digits = [_Digits(p, shift, torch.int32 if dtype==torch.float32 else torch.int64) for p in prefix]
         for x in chunks():
             for d,row in zip(digits, x.to('cpu', dtype)): d.add(row)
         counts = torch.stack([d.total() for d in digits])

@@ -511,6 +511,6 @@ def test_every_value_is_read_once(files, tmp_path, monkeypatch):
     base, sources = files
     out, seen = merge(base, sources, tmp_path/'out', 'linear', W).path, []
     read = Checkpoint.read
-    monkeypatch.setattr(Checkpoint, 'read', lambda self, k, rows=None: seen.append((str(self.path), k, str(rows))) or read(self, k, rows))
+    monkeypatch.setattr(Checkpoint, 'read', lambda self, k, rows=None, **kw: seen.append((str(self.path), k, str(rows))) or read(self, k, rows, **kw))
     audit(out, base, sources)
     assert len(seen) == len(set(seen)) and len({p for p, _, _ in seen}) == 5
