@@ -18,6 +18,8 @@ its inputs, and finds the layer whose outputs are nearest to those of all source
 # %% ../nbs/24_statistics.ipynb #1067fd75
 import re
 from contextlib import contextmanager
+from functools import lru_cache
+from threading import Lock
 import torch
 from torch import Tensor,nn
 from torch.func import functional_call,vjp,vmap
@@ -264,17 +266,17 @@ def _regmean_factor(measured, weights, alpha, ridge, key=''):
 
 def _prepare_regmean(scan, names, weights, grams, alpha, ridge):
     files,have = _open_statistics(grams, names, scan.keys, 'regmean')
-    last = {}
+    @lru_cache(maxsize=2)
+    def found(k, shape):
+        for n,f in files.items():
+            if f.shape(k)!=(shape[-1],)*2: raise IncompatibleError(f"the Gram matrix of {n} for {k!r} is "
+                f"{list(f.shape(k))}, the tensor {list(shape)}; measure the models that are merged")
+        g = torch.stack([f.read(k).double() for f in files.values()])
+        return dict(measured=g, factor=_regmean_factor(g, weights, alpha, ridge, k))
+    lock = Lock() # Threads at work on one layer wait for the first of them to solve it
     def given(block):
-        k = block.key
-        if k not in have: return {}
-        if last.get('key')!=k:
-            for n,f in files.items():
-                if f.shape(k)!=(block.shape[-1],)*2: raise IncompatibleError(f"the Gram matrix of {n} for {k!r} is "
-                    f"{list(f.shape(k))}, the tensor {list(block.shape)}; measure the models that are merged")
-            g = torch.stack([f.read(k).double() for f in files.values()])
-            last.update(key=k, given=dict(measured=g, factor=_regmean_factor(g, weights, alpha, ridge, k)))
-        return last['given']
+        if block.key not in have: return {}
+        with lock: return found(block.key, block.shape)
     return given
 
 @register(prepare=_prepare_regmean, given=('measured','factor'), convex=True, homogeneous=True, scale_free=True)

@@ -1,6 +1,6 @@
 """The laws of merging, for every method in the registry. A new method is covered by being registered; what does not hold for it
 is declared in its `Traits`, or here with a reason."""
-import inspect
+import inspect, threading, time
 import pytest
 import torch
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
@@ -142,6 +142,29 @@ def test_streaming_is_in_memory_is_dense(method, hp, tmp_path):
         assert same(dense, merge_state_dicts(base, sources, method, w, max_elements=size, **hp)), size
         c = open_checkpoint(merge(b, paths, tmp_path/f'out{size}', method, w, max_elements=size, **hp|files).path)
         assert same(dense, {k:c.read(k) for k in c}), size
+
+@cases
+def test_threads_do_not_meet(method, hp, monkeypatch):
+    "Tensors of one shape in eight threads, which are switched at every line of the method's module, against one block after the other"
+    from merginguriel import merge as module
+    w = dict(zip(NAMES[:world.most], [.5,.3,.2,.7,.1]))
+    g = torch.Generator().manual_seed(9)
+    draw = lambda: {f'layer.{i}.weight':torch.randn(4, 5, generator=g) for i in range(6)}
+    base = draw()
+    sources = {k:{n:base[n]+.3*v for n,v in draw().items()} for k in w}
+    run = lambda: merge_state_dicts(base, sources, method, w, max_elements=10, **hp|given(method, sources))
+    with monkeypatch.context() as m:
+        m.setattr(module, 'overlapped', map)
+        want = run()
+    overlapped,file = module.overlapped,inspect.getfile(methods[method])
+    def slow(frame, event, arg):
+        if frame.f_code.co_filename!=file: return None
+        if event=='line': time.sleep(1e-5)
+        return slow
+    monkeypatch.setattr(module, 'overlapped', lambda f, items: overlapped(f, items, 8))
+    threading.settrace(slow)
+    try: assert same(want, run())
+    finally: threading.settrace(None)
 
 @cases
 def test_order_of_tensors_is_irrelevant(method, hp):
