@@ -256,7 +256,7 @@ def _models(text):
     return dict(sorted(found.items()))
 
 # %% ../nbs/69_cli.ipynb #cf769b67
-@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device'))
+@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device keep_going'))
 def nxn_command(
     models:str, # Folder with one model folder per locale, or en-US=path,de-DE=path
     out:required, # CSV file to write: rows = training locale, columns = test locale, accuracies in [0, 1]
