@@ -185,7 +185,8 @@ def plot_decomposition(
     ax.hlines(y, 100*means.low, 100*means.high, color=colour)
     ax.scatter(100*means.gain, y, color=colour, s=28, zorder=3)
     ax.axvline(0, color='k', lw=.8)
-    ax.set(yticks=y, yticklabels=[f'{a} − {b}' if s==a else f'{s}: {a} − {b}' for s,a,b in zip(means.step, means.a, means.b)], xlabel='points', ylim=(len(y)-.5,-.5))
+    names = [f'{a} − {b}' if s==a else f'{s}: {a} − {b}' for s,a,b in zip(means.step, means.a, means.b)]
+    ax.set(yticks=y, yticklabels=names, xlabel='points', ylim=(len(y)-.5,-.5))
     return ax
 
 def mean_steps(
