@@ -141,6 +141,7 @@ def main(
     if argv is None: # A process of its own: collect rarely while torch loads, and not again when the process ends
         gc.set_threshold(50_000, 20, 20)
         atexit.register(gc.freeze)
+        return_memory()
     passive_threads()
     name,*rest = list(sys.argv[1:] if argv is None else argv) or ['']
     if name in ('','-h','--help','--version'):

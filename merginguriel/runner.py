@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/runner.html.md"""
 
 # %% auto #0
 __all__ = ['templates', 'find_template', 'template_parameters', 'check_parameters', 'check_namespace', 'passive_threads',
-           'run_template', 'last_text']
+           'return_memory', 'run_template', 'last_text']
 
 # %% ../nbs/52_runner.ipynb #fb1c0574
 """An experiment is a notebook with one cell tagged `parameters`; papermill fills that cell in and executes a copy. The
@@ -96,6 +96,13 @@ def check_namespace(
 def passive_threads()->None:
     "Let waiting threads sleep; takes effect if called before torch is imported"
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+# %% ../nbs/52_runner.ipynb #64ad9f53
+def return_memory()->bool: # Whether the C library took it; others than glibc have no such setting
+    "Give freed blocks of 4 MB and more back to the system at once, in this process"
+    import ctypes
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name=='posix' else None
+    return bool(mallopt and mallopt(-3, 4<<20)) # M_MMAP_THRESHOLD
 
 # %% ../nbs/52_runner.ipynb #eea75612
 def run_template(
