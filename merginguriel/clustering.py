@@ -6,7 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/clustering.html.md"""
 
 # %% auto #0
 __all__ = ['cosines', 'in_order', 'laplacian_spectrum', 'eigengap', 'spectral_clusters', 'linkage_clusters', 'random_clusters',
-           'adjusted_rand', 'group_sizes', 'group_encoder', 'group_decoder', 'size_weights']
+           'check_groups', 'group_tasks', 'adjusted_rand', 'group_sizes', 'group_encoder', 'group_decoder',
+           'size_weights', 'join_group']
 
 # %% ../nbs/05_clustering.ipynb #4180be2f
 """Tasks whose vectors point the same way can share one ([Zeng et al.](https://arxiv.org/abs/2502.01015)). Who belongs together follows
@@ -89,6 +90,33 @@ def random_clusters(
     "Put each task into one of `k` groups, all equally likely"
     return in_order(np.random.default_rng(seed).integers(0, check_count(k, n), n))
 
+# %% ../nbs/05_clustering.ipynb #e49b48aa
+def check_groups(
+    names:list, # The T tasks
+    k:int|None=None, # Number of groups; None: by eigengap, or as many as `by` has
+    by='spectral', # 'spectral', 'linkage', 'random', or a dictionary or Series task -> group
+)->None:
+    "Raise where tasks cannot be grouped so"
+    if k is not None: check_count(k, len(names))
+    if isinstance(by, str):
+        if by not in ('spectral','linkage','random'): raise ValueError(f"by is one of spectral, linkage, random, or says the group of each task; got {by!r}")
+        if k is None and by!='spectral': raise ValueError(f"by={by!r} needs the number of groups; only 'spectral' finds one")
+    elif lack := [o for o in names if o not in by]: raise ValueError(f"by has no group for {', '.join(lack)}; give each task one")
+    elif k not in (None,n := len({by[o] for o in names})): raise ValueError(f"by has {n} groups, and {k} were asked for")
+
+def group_tasks(
+    gram, # Inner products, (T, T)
+    names:list, # The T tasks
+    k:int|None=None, # As for `check_groups`
+    by='spectral', # As for `check_groups`
+    seed:int=0, # Of what is drawn
+)->np.ndarray: # (T,)
+    "Groups of the tasks `names`"
+    check_groups(names, k, by)
+    if not isinstance(by, str): return in_order([by[o] for o in names])
+    if by=='random': return random_clusters(len(names), k, seed)
+    return spectral_clusters(gram, k, seed) if by=='spectral' else linkage_clusters(gram, k)
+
 # %% ../nbs/05_clustering.ipynb #5f01b67c
 def adjusted_rand(
     a, # Labels of one grouping, (T,), anything hashable
@@ -128,3 +156,16 @@ def size_weights(
 )->np.ndarray: # (M,), sums to 1
     "Share of the tasks in each group"
     return group_sizes(labels)/len(labels)
+
+# %% ../nbs/05_clustering.ipynb #14120195
+def join_group(
+    labels, # Groups of the tasks there are, (T,)
+    cosine, # Of the new vector with that of each group, (M,)
+    threshold:float|None=None, # Least cosine with which it joins one; None: any
+)->tuple: # Group of the new task; (M + 1, M or M + 1)
+    "Where a new task belongs, and what becomes of the groups"
+    m,i = len(cosine),int(np.argmax(cosine))
+    if threshold is not None and cosine[i]<threshold: return m,np.eye(m+1)
+    n,turn = group_sizes(labels)[i],np.eye(m+1)[:,:m]
+    turn[i,i],turn[m,i] = n/(n+1),1/(n+1)
+    return i,turn
