@@ -183,14 +183,14 @@ def fit_bases(
     return Bases(kind, names, encoder, decoder, kind=='pca', labels, pd.DataFrame(check_gram(g), index=names, columns=names),
         x.diagonal()[:n].copy(), x[n:,:n], x[n:,n:], head, exclude, seed, p, mix, raw)
 
-# %% ../nbs/26_bases.ipynb #11eafcc3
+# %% ../nbs/26_bases.ipynb #4de12e5d
 @patch
 def _vectors(self:Bases, block, b, which=slice(None)):
     "Stored vectors, (n, *shape)"
     mix = self.mix[:,which]
     rows = np.flatnonzero(mix.any(1))
     if not len(rows): return b.new_zeros(mix.shape[1], *b.shape)
-    if (mix := mix[rows]).shape[0]==mix.shape[1] and (mix==np.eye(len(mix))).all(): return torch.stack([self.raw[r](block, b) for r in rows])
+    if np.array_equal(mix := mix[rows], np.eye(len(rows))): return torch.stack([self.raw[r](block, b) for r in rows])
     x = torch.empty(len(rows), b.numel(), dtype=torch.float64)
     for o,r in zip(x, rows): o.copy_(self.raw[r](block, b).reshape(-1))
     return (torch.tensor(mix.T)@x).to(b.dtype).view(-1, *b.shape)
