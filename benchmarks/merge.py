@@ -7,7 +7,7 @@ The checkpoints are those of gram.py (278 M values, every true cosine 0.2), made
 K + 1 files, sums their values and writes one file: no merge does less. Each row is a process of its own, and all CPU seconds of it
 count, those of its imports too (*imports* is a process that does nothing else). Rows take turns, so that a busy machine slows all.
 Memory is the highest RssAnon of the process, sampled from outside: what it has allocated itself, without the pages of mapped files."""
-import argparse,atexit,gc,json,os,platform,shutil,statistics,subprocess,sys,tempfile,threading,time
+import argparse,json,os,platform,shutil,statistics,subprocess,sys,tempfile,threading,time
 from pathlib import Path
 import numpy as np
 
@@ -51,10 +51,8 @@ def floor(folder, k, out):
 
 def ours(folder, k, out, method, hp):
     "One merge, as a user runs it"
-    from merginguriel.runner import passive_threads,return_memory
-    gc.set_threshold(50_000, 20, 20) # As the command line does
-    atexit.register(gc.freeze)
-    return_memory()
+    from merginguriel.runner import lean_process,passive_threads
+    lean_process()
     passive_threads()
     from merginguriel.merge import merge
     have = sum(o.name.isdigit() for o in folder.iterdir())-1 # More sources than there are: the same files under other names

@@ -16,7 +16,7 @@ appears without loading torch. A wrong argument or a missing file is one line on
 variable MERGINGURIEL_TRACEBACK, shows where it came from."""
 
 # %% ../nbs/69_cli.ipynb #2c39de27
-import argparse,ast,atexit,difflib,gc,inspect,os,re,sys
+import argparse,ast,difflib,inspect,os,re,sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType
@@ -138,10 +138,7 @@ def main(
     argv=None, # The arguments after `merginguriel`; None: those of the process
 )->int: # Exit code: 0; 1 if an audit found a fault; 2 after an error
     "Run one command"
-    if argv is None: # A process of its own: collect rarely while torch loads, and not again when the process ends
-        gc.set_threshold(50_000, 20, 20)
-        atexit.register(gc.freeze)
-        return_memory()
+    if argv is None: lean_process()
     passive_threads()
     name,*rest = list(sys.argv[1:] if argv is None else argv) or ['']
     if name in ('','-h','--help','--version'):
