@@ -174,7 +174,8 @@ def study(store, calls=10**9, **about):
     return s, lambda: calls-left[0]
 
 def everything(s):
-    return [s.additions([2], draws=2), s.retained([1, 2]), s.forgetting(), s.stitched(2, [.4, 1.]), s.cluster_means(2), s.held_out(2), s.online(1)]
+    return [s.additions([2], dict(svd=('tasks',), random_cluster=('bases',)), draws=2), s.retained([1], ['svd', 'cluster']),
+        s.forgetting(tasks=['a']), s.stitched(2, [.4, 1.]), s.cluster_means(2), s.held_out(2), s.online(1, start=2)]
 
 def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path):
     s, used = study(tmp_path/'whole.sqlite')
