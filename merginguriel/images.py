@@ -69,7 +69,7 @@ def _altered(x, g):
     x = torch.where(flag('invert')==1, -x, x)
     return x+.2*flag('noise')*torch.randn(x.shape, generator=g),y
 
-# %% ../nbs/66_images.ipynb #ed0948d3
+# %% ../nbs/66_images.ipynb #8181e657
 def _schedule(opt, warmup, steps):
     from transformers import get_cosine_schedule_with_warmup
     return get_cosine_schedule_with_warmup(opt, warmup, steps)
@@ -94,6 +94,7 @@ def _pretrain(model, x, y, n_classes, steps, seed, progress):
         losses.append(loss.item())
     return losses
 
+# %% ../nbs/66_images.ipynb #67231685
 def image_base(
     sources:str='digits,scenes', # Pictures to learn from, comma separated
     seed:int=0, # Of the start and the order
