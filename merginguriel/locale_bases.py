@@ -37,7 +37,7 @@ from .store import *
 from .experiment import *
 from .across import *
 
-# %% ../nbs/67_locale_bases.ipynb #71b1ac5d
+# %% ../nbs/67_locale_bases.ipynb #cab6ebd3
 class Locales:
     "Models of one task in many locales, and the scores of what is made of them"
     def __init__(self,
@@ -57,7 +57,7 @@ class Locales:
         self.model,self.tokenizer = load_classifier(self.start)
         digests = {o:model_digest(p) for o,p in self.models.items()}
         self.said = dict(study='locale_bases', dataset=e.dataset, base=model_digest(self.start), models=config_hash(digests), seed=e.seed)
-        self._texts = {}
+        self._texts,self._fits = {},{}
     def __repr__(self): return f"Locales({len(self.names)} of {self.experiment.dataset}, seed {self.experiment.seed})"
 
 # %% ../nbs/67_locale_bases.ipynb #c0af382a
@@ -124,7 +124,7 @@ def check_design(
     if name not in designs: raise ValueError(f"a design is one of {', '.join(designs)}; got {name!r}")
     return designs[name]
 
-# %% ../nbs/67_locale_bases.ipynb #f47628c2
+# %% ../nbs/67_locale_bases.ipynb #72045d29
 @patch
 def fit(self:Locales,
     design:str, # A key of `designs`
@@ -135,7 +135,9 @@ def fit(self:Locales,
     "Bases of the task vectors"
     kind,options = check_design(design)
     models = {o:p for o,p in self.models.items() if o not in without}
-    return fit_bases(self.start, models, n_bases, kind, draw, None if kind=='random' else self.gram, **options)
+    if (key := (design,n_bases,draw,*models)) not in self._fits:
+        self._fits[key] = fit_bases(self.start, models, n_bases, kind, draw, None if kind=='random' else self.gram, **options)
+    return self._fits[key]
 
 @contextmanager
 def written(
@@ -231,7 +233,7 @@ def smallest_bases(
     rows = {k:dict(mean=first(d,'retained'), sure=first(d,'low')) for k,d in table.groupby('design', sort=False)}
     return pd.DataFrame(rows).T.astype('Int64').rename_axis('design')
 
-# %% ../nbs/67_locale_bases.ipynb #9991ed19
+# %% ../nbs/67_locale_bases.ipynb #f3399809
 def merge_weights(
     locales:Locales, # Models
     target:str, # Locale to build a model for
@@ -255,7 +257,7 @@ def merge_scores(
     **choice, # `k` and `target_weight` of `merge_weights`
 )->pd.DataFrame: # One row per target: design, n_bases, mode, blind, target, accuracy, own, correct, own_correct
     "What merges score that are made of bases"
-    if blind and include_target: raise ValueError("blind bases have not seen the target's model, which IncTar merges; take one of the two")
+    if blind and include_target: raise ValueError("blind bases have not seen the target's model, which IncTar merges; one or the other")
     return _merges(locales, {t:merge_weights(locales, t, include_target, **choice) for t in targets}, design,
         n_bases or len(locales.names), 'IncTar' if include_target else 'ExcTar', blind)
 
@@ -278,7 +280,7 @@ def _merges(locales, weights, design, n_bases, mode, blind):
             rows.append(said|dict(target=t, accuracy=a.value, own=mine.value, correct=a.correct, own_correct=mine.correct))
     return pd.DataFrame(rows)
 
-# %% ../nbs/67_locale_bases.ipynb #a1626cd1
+# %% ../nbs/67_locale_bases.ipynb #e323cb83
 def merge_gains(
     scores:pd.DataFrame, # Rows of `merge_scores` and `everyone_scores`, those of design 'all' among them
     dataset:str, # Their data set: which utterances have a common origin
@@ -286,7 +288,8 @@ def merge_gains(
     "Mean accuracy of each merge over targets, and its gain over the merge of the task vectors"
     frames = []
     for mode,d in scores.groupby('mode', sort=False):
-        name = d.design+[f' {m}' if x not in ('all','everyone') else '' for x,m in zip(d.design, d.n_bases)]+np.where(d.blind, ', blind', '')
+        sized = [x if x in ('all','everyone') else f'{x} {m}' for x,m in zip(d.design, d.n_bases)]
+        name = pd.Series(sized, d.index)+np.where(d.blind, ', blind', '')
         side = {k:dict(zip(x.target, x.correct)) for k,x in d.groupby(name, sort=False)}
         base,rows = side.pop('all'),[]
         for k,x in side.items():
@@ -357,7 +360,7 @@ def forget(
                 control=control, control_before=control_before))
     return pd.DataFrame(rows)
 
-# %% ../nbs/67_locale_bases.ipynb #5f9af34e
+# %% ../nbs/67_locale_bases.ipynb #ae367888
 def locale_groups(
     names, # Locales
 )->pd.DataFrame: # Index locale; family, branch, script
@@ -376,10 +379,12 @@ def agreement(
     known,rng,rows = locale_groups(gram.index) if known is None else known,np.random.default_rng(0),[]
     for k in ks:
         found = (spectral_clusters if by=='spectral' else linkage_clusters)(gram.to_numpy(), k)
-        shuffled = [rng.permutation(found) for _ in range(n)]
+        shuffled = group_decoder(found)[:,rng.permuted(np.tile(np.arange(len(gram)), (n,1)), axis=1)] # (k, n, T)
         for g in known:
-            r,chance = adjusted_rand(found, known[g]),[adjusted_rand(o, known[g]) for o in shuffled]
-            rows.append(dict(k=k, grouping=g, rand=r, p=(1+sum(o>=r-1e-12 for o in chance))/(n+1), largest=group_sizes(found).max()))
+            member = group_decoder(in_order(known[g]))
+            together = lambda x: ((x@member.T)**2).sum((0,-1)) # Grows with the index, whose other terms do not change
+            p = (1+(together(shuffled)>=together(group_decoder(found)[:,None]).item()-1e-9).sum())/(n+1)
+            rows.append(dict(k=k, grouping=g, rand=adjusted_rand(found, known[g]), p=p, largest=group_sizes(found).max()))
     return pd.DataFrame(rows)
 
 # %% ../nbs/67_locale_bases.ipynb #57a0b7d4
@@ -408,7 +413,7 @@ def plot_retained(
     ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/67_locale_bases.ipynb #7ba7f1d1
+# %% ../nbs/67_locale_bases.ipynb #abd97089
 def plot_groups(
     gram:pd.DataFrame, # Inner products of task vectors, names on both axes
     ax=None, # Axes to draw on; None: new ones
@@ -423,17 +428,18 @@ def plot_groups(
     tree = dendrogram(z, orientation='right', labels=list(gram.index), ax=ax, color_threshold=0, above_threshold_color='#555555')
     known,far,low = locale_groups(tree['ivl']),z[:,2].max(),.96*z[:,2].min()
     wide = .05*(far-low)
-    palette,single = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#f0e442'],'#dddddd'
+    palette,single = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#f0e442','#222222'],'#dddddd'
     for i,g in enumerate(('family','script')):
         common = [k for k,n in known[g].value_counts().items() if n>1][:len(palette)]
         colour,x = dict(zip(common, palette)),low-(i+.2)*1.2*wide
-        ax.barh(10*np.arange(len(known))+5, -wide, 9, x, color=[colour.get(k, single) for k in known[g]])
+        ax.barh(10*np.arange(len(known))+5, -wide, 9, x, color=[colour.get(k, single) for k in known[g]], zorder=3)
         ax.text(x-wide/2, 10*len(known)+2, g, rotation=90, ha='center', va='bottom', fontsize='small')
         handles = [plt.Rectangle((0,0), 1, 1, color=c) for c in [*colour.values(), single]]
         legend = Legend(ax, handles, [*colour,'of one locale'], title=g, frameon=False, fontsize='small', alignment='left',
-            loc='upper left', bbox_to_anchor=(1.14, 1-.5*i))
+            loc='upper left', bbox_to_anchor=(1.12, 1-.5*i))
         ax.add_artist(legend).set_clip_on(False)
     ax.set_xlim(far+wide/2, low-2.6*wide)
     ax.set_xlabel('1 − cosine of task vectors')
     ax.tick_params(axis='y', labelsize=6, length=0)
+    ax.yaxis.tick_right()
     return ax
