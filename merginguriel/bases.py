@@ -64,13 +64,13 @@ def _place(base, sources, head):
     p.configs = {k:load_json(f/'config.json') for k,f in (folders if head=='own' else {'':folders[first]}).items() if f}
     return p,parts
 
-# %% ../nbs/26_bases.ipynb #3e3bcf9a
+# %% ../nbs/26_bases.ipynb #1cf82854
 def _tau(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)-b
 def _saved(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)
 
 def _signs(seed, m): return lambda block, b: torch.from_numpy(
     random_signs(derive_seed(seed, 'basis', m, block.key), block.start, b.numel())).to(b.dtype).view(b.shape)
-def _size(n): return max(1<<12, (1<<21)//n) # Values in a block, for n vectors
+def _size(n): return min(1<<17, max(1<<12, (1<<21)//n)) # Values in a block, for n vectors
 
 def _grouped(p, parts, method, hp):
     "Task vectors merged by `method`"
@@ -183,16 +183,17 @@ def fit_bases(
     return Bases(kind, names, encoder, decoder, kind=='pca', labels, pd.DataFrame(check_gram(g), index=names, columns=names),
         x.diagonal()[:n].copy(), x[n:,:n], x[n:,n:], head, exclude, seed, p, mix, raw)
 
-# %% ../nbs/26_bases.ipynb #9e137b4a
+# %% ../nbs/26_bases.ipynb #4de12e5d
 @patch
 def _vectors(self:Bases, block, b, which=slice(None)):
     "Stored vectors, (n, *shape)"
     mix = self.mix[:,which]
     rows = np.flatnonzero(mix.any(1))
     if not len(rows): return b.new_zeros(mix.shape[1], *b.shape)
-    x,mix = torch.stack([self.raw[r](block, b) for r in rows]),mix[rows]
-    if mix.shape[0]==mix.shape[1] and (mix==np.eye(len(mix))).all(): return x
-    return (torch.tensor(mix.T)@x.double().reshape(len(x), -1)).to(b.dtype).view(-1, *b.shape)
+    if np.array_equal(mix := mix[rows], np.eye(len(rows))): return torch.stack([self.raw[r](block, b) for r in rows])
+    x = torch.empty(len(rows), b.numel(), dtype=torch.float64)
+    for o,r in zip(x, rows): o.copy_(self.raw[r](block, b).reshape(-1))
+    return (torch.tensor(mix.T)@x).to(b.dtype).view(-1, *b.shape)
 
 @patch
 def _sum(self:Bases, coefs):
