@@ -332,7 +332,7 @@ def magprune(
     if not (0<=drop-window/2 and drop+window/2<1):
         raise ValueError(f"drop ± window/2 is in [0, 1); got {drop-window/2:g} to {drop+window/2:g}: choose a smaller window")
     names,block = _place(taus, names, block)
-    if not taus.numel(): return taus
+    if no_change(taus): return taus
     return _sift(taus, names, block, _rank_odds(taus, drop+window/2, drop-window/2), seed, 'della')
 
 # %% ../nbs/29_drop.ipynb #ceb42b17

@@ -32,6 +32,9 @@ class _Digits:
         self.prefix,self.shift,self.counts = prefix,shift,torch.zeros(1<<16, dtype=torch.int64)
         self.waiting,self.n = torch.empty(1<<18, dtype=kind),0
     def add(self, x):
+        if no_change(x):
+            if not self.prefix: self.counts[0] += len(x) # All digits are 0
+            return
         bits = x.abs().view(self.waiting.dtype)
         if (p := self.prefix) is not None: # Few have this beginning; NumPy picks them faster
             b,s = bits.numpy(),self.shift+16
@@ -215,5 +218,6 @@ def ties(
 )->Tensor: # (*shape)
     "Trim, elect and merge"
     _one_of(scope=(scope,('global','tensor')))
+    if threshold is not None and no_change(taus): return base.clone()
     t = trim(taus, density, trim_rule, threshold, limit)
     return base + scale*disjoint(t, elect(t, weights, zero, majority), weights, combine)

@@ -36,7 +36,9 @@ def _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix):
     _number(scale=(scale,0), max_rows=(max_rows,1))
     try: exclude and re.compile(exclude)
     except (re.error,TypeError) as e: raise ValueError(f"exclude is a pattern searched in names of tensors; got {exclude!r} ({e})")
-    return matrix and taus.dim()==3 and taus.numel()>0 and taus.shape[1]<=max_rows
+    return matrix and taus.dim()==3 and taus.shape[1]<=max_rows and not no_change(taus)
+
+def _mean(base, taus, weights): return base.clone() if no_change(taus) else linear(base, taus, weights)
 
 def _number(**ranges):
     for k,(v,least) in ranges.items():
@@ -104,7 +106,7 @@ def tsv_m(
     matrix:bool=True, # From `merge`: False where the tensor is averaged
 )->Tensor: # (*shape)
     "Keep the leading singular triples of each task vector, and turn them apart"
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     taus,times = _used(taus, weights)
     k = max(1, min(base.shape)//len(taus))
     u,s,v = zip(*(triples(t*tau, k) for t,tau in zip(times, taus)))
@@ -123,9 +125,26 @@ def iso_c(
     matrix:bool=True, # From `merge`: False where the tensor is averaged
 )->Tensor: # (*shape)
     "Give all directions of the summed task vectors the same strength"
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     x,s = polar(_total(*_used(taus, weights)))
     return _result(base, x, scale*float(s.sum())/max(1, len(s)))
+
+# %% ../nbs/23_spectral.ipynb #806d7a2e
+def _leading(m, k):
+    "The `k` leading triples of `m`, and what completes U to a basis; None where U has more rows than columns"
+    if m.shape[0]>m.shape[1]: return triples(m, k),None
+    lam,u = torch.linalg.eigh(_gram(m.T))
+    n = int((lam.flip(0)[:k]>_least**2*float(lam[-1])).sum()) if len(lam) else 0
+    u,rest = u.flip(1)[:,:n],u[:,:len(lam)-n]
+    v = m.T@u
+    s = v.norm(dim=0)
+    return (u,s,v/s),rest
+
+def _outside(tau, u, rest, k, least):
+    "The `k` leading triples of what `tau` has outside of the columns of `u`"
+    if rest is None: return triples(tau-u@(u.T@tau), k, least)
+    a,s,v = triples(rest.T@tau, k, least) # A small matrix: (columns of rest, columns of tau)
+    return rest@a,s,v
 
 # %% ../nbs/23_spectral.ipynb #1813d091
 def _places(r, n, common):
@@ -147,15 +166,16 @@ def iso_cts(
 )->Tensor: # (*shape)
     "Equal strength for the leading directions of the sum and some of each source's own"
     if not 0<=common<=1: raise ValueError(f"common is a fraction, in [0, 1]; got {common!r}")
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     taus,times = _used(taus, weights)
     k,own = _places(min(base.shape), len(taus), common)
-    parts = [triples(_total(taus, times), k)]
-    u,s,_ = parts[0]
+    (u,s,v),rest = _leading(_total(taus, times), k)
     least = _least*float(s[0]) if len(s) else 0.
-    if own: parts += [triples(t*(tau-u@(u.T@tau)), own, least) for t,tau in zip(times, taus)]
-    u,s,v = (torch.cat(o, -1) for o in zip(*parts))
-    return _result(base, polar(u)[0]@polar(v)[0].T, scale*float(s.sum())/max(1, len(s)))
+    parts = [_outside(t*tau, u, rest, own, least) for t,tau in zip(times, taus)] if own else []
+    us,ss,vs = zip(*parts) if parts else ((),)*3
+    s = torch.cat([s, *ss])
+    if us: u = torch.cat([u, polar(torch.cat(us, 1))[0]], 1) # They are orthogonal to the common ones
+    return _result(base, u@polar(torch.cat([v, *vs], 1))[0].T, scale*float(s.sum())/max(1, len(s)))
 
 # %% ../nbs/23_spectral.ipynb #c17d01b5
 def interference(
@@ -224,7 +244,7 @@ def wudi(
     "The task vector with the least `interference`"
     if solve not in ('closed','adam'): raise ValueError(f"solve is 'closed' or 'adam'; got {solve!r}")
     _number(ridge=(ridge,0), lr=(lr,0), steps=(steps,1))
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     taus,times = _used(taus, weights, _accurate(base, ridge if solve=='closed' else 0))
     norms = _norms(taus)
     factors = torch.where(norms>0, times/norms, 0) # A source that changed nothing has no inputs
@@ -247,7 +267,7 @@ def actmat(
 )->Tensor: # (*shape)
     "RegMean with `tau_iᵀtau_i` as the covariance of a source's inputs"
     _number(ridge=(ridge,0))
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     taus,times = _used(taus, weights, _accurate(base, ridge))
     return _result(base, _closed(*_sums(taus, times, times), ridge), scale)
 
@@ -279,7 +299,7 @@ def ace(
     "RegMean with normalised covariances of the rows of task vectors, a common prior, and refinement"
     _number(eps=(eps,1e-30), heterogeneity=(heterogeneity,0), refine=(refine,0))
     if not 0<refine<=1: raise ValueError(f"refine is a fraction of the directions, in (0, 1]; got {refine!r}")
-    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return linear(base, taus, weights)
+    if not _is_matrix(taus, scale, embeddings, max_rows, exclude, matrix): return _mean(base, taus, weights)
     taus,times = _used(taus, weights)
     norms = _norms(taus)
     some = norms>0

@@ -6,8 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/task_vector.html.md"""
 
 # %% auto #0
 __all__ = ['TensorNamesError', 'check_tensors', 'row_blocks', 'one_thread', 'overlapped', 'iter_blocks', 'read_block',
-           'check_values', 'task_vector', 'task_vector_norms', 'products', 'sign_products', 'iter_products',
-           'tensor_block', 'task_vector_gram']
+           'check_values', 'no_change', 'task_vector', 'task_vector_norms', 'products', 'sign_products',
+           'iter_products', 'tensor_block', 'task_vector_gram']
 
 # %% ../nbs/12_task_vector.ipynb #86a5cce5
 """A task vector is a fine-tuned model minus the base it started from, tensor by tensor ([Ilharco et
@@ -157,6 +157,14 @@ def check_values(
     "Raise naming the first of `models` with a NaN or infinity in `key`; return if there is none"
     for name,m in models.items():
         if m is not None: check_finite(open_checkpoint(m).read(key, rows), f'{key} of {name}', first=rows.start if rows else 0)
+
+# %% ../nbs/12_task_vector.ipynb #3180e906
+def no_change(
+    taus:Tensor, # Task vectors, (n, *shape)
+)->bool:
+    "Whether all values of `taus` are 0"
+    flat = taus.flatten()
+    return not flat[::1021].any() and not (len(flat) and any(flat.aminmax()))
 
 # %% ../nbs/12_task_vector.ipynb #6d3cbd42
 def task_vector(

@@ -195,6 +195,16 @@ def test_the_loop_applies_the_pure_function(method, hp):
         assert torch.allclose(flat(got), want, rtol=1e-12, atol=1e-12) if sums else torch.equal(flat(got), want)
 
 @cases
+def test_what_no_source_changed_is_passed_over_without_a_trace(method, hp, monkeypatch):
+    base,sources,w = world()
+    for m in sources.values():
+        m['a.weight'][2:] = base['a.weight'][2:] # Whole blocks of 5 values
+        for k in ('layer.0.conv','c.scale'): m[k] = base[k].clone()
+    skipping = merge_state_dicts(base, sources, method, w, max_elements=5, **hp)
+    for module in ('sparse','drop','spectral'): monkeypatch.setattr(f'merginguriel.{module}.no_change', lambda taus: not taus.numel())
+    assert same(skipping, merge_state_dicts(base, sources, method, w, max_elements=5, **hp))
+
+@cases
 def test_translation(method, hp):
     if not methods.traits(method).translation: pytest.skip('declared: not a function of the task vectors')
     base,sources,w = world(dtype=torch.float64)
