@@ -69,7 +69,7 @@ def largest(
     for o,n in zip(equal, [] if limit is None else limit.tolist()): o[max(0, n):] = False
     return equal.logical_or_(size>threshold[:,None]).view_as(taus)
 
-# %% ../nbs/27_localize.ipynb #61465bd2
+# %% ../nbs/27_localize.ipynb #41fb86bb
 def coverage(
     masks:Tensor, # Which values each source owns, (n, *shape), bool
     weights:Tensor|None=None, # One per source, (n,); None: equal
@@ -77,9 +77,9 @@ def coverage(
     "The share of each source in every value"
     w = torch.ones(len(masks)) if weights is None or (weights==weights[0]).all() else weights # So that shares are exact
     total = torch.zeros(masks.shape[1:], dtype=torch.float64, device=masks.device)
-    for m,o in zip(masks, w.tolist()): total.add_(m, alpha=o)
+    for m,o in zip(masks, w.tolist()): total.add_(m.double(), alpha=o)
     total.masked_fill_(total==0, 1)
-    return torch.stack([m*o/total for m,o in zip(masks, w.tolist())])
+    return torch.stack([o/total*m for m,o in zip(masks, w.tolist())])
 
 # %% ../nbs/27_localize.ipynb #f2e740a7
 def _without_head(model):
@@ -121,11 +121,14 @@ def localize(
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
     return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, dict(kind='largest', density=density, keys=keys))
 
-# %% ../nbs/27_localize.ipynb #0b7d8d36
+# %% ../nbs/27_localize.ipynb #fa5a4437
+def _check_masks(masks):
+    if not isinstance(masks, (str,Path,Masks)):
+        raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; got {type(masks).__name__}")
+
 def _opened(masks):
-    if isinstance(masks, (str,Path)): return Masks.load(masks)
-    if not isinstance(masks, Masks): raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; got {type(masks).__name__}")
-    return masks
+    _check_masks(masks)
+    return masks if isinstance(masks, Masks) else Masks.load(masks)
 
 def _owned(masks, names, shapes):
     "Function from a block to what each of `names` owns in it, (n, *block); nothing outside the scope"
@@ -142,7 +145,7 @@ def _owned(masks, names, shapes):
 
 def _shapes(scan): return {k:tuple(scan.base.shape(k)) for k in scan.keys}
 
-# %% ../nbs/27_localize.ipynb #8c0232e7
+# %% ../nbs/27_localize.ipynb #8a3b9b6d
 def _prepare(scan, names, weights, density, keys, masks):
     if masks is not None:
         owned = _owned(masks, names, _shapes(scan))
@@ -165,7 +168,7 @@ def localize_and_stitch(
 )->Tensor: # (*shape)
     "Take the values that a source owns from it, their mean where several do, and the base elsewhere"
     if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
-    if masks is not None: _opened(masks)
+    if masks is not None: _check_masks(masks)
     if owned is None: owned = largest(taus, density, threshold, limit)
     total = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
     for share,tau in zip(coverage(owned, weights), taus): total.addcmul_(share, tau.double())
