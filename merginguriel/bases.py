@@ -64,13 +64,13 @@ def _place(base, sources, head):
     p.configs = {k:load_json(f/'config.json') for k,f in (folders if head=='own' else {'':folders[first]}).items() if f}
     return p,parts
 
-# %% ../nbs/26_bases.ipynb #3e3bcf9a
+# %% ../nbs/26_bases.ipynb #1cf82854
 def _tau(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)-b
 def _saved(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)
 
 def _signs(seed, m): return lambda block, b: torch.from_numpy(
     random_signs(derive_seed(seed, 'basis', m, block.key), block.start, b.numel())).to(b.dtype).view(b.shape)
-def _size(n): return max(1<<12, (1<<21)//n) # Values in a block, for n vectors
+def _size(n): return min(1<<17, max(1<<12, (1<<21)//n)) # Values in a block, for n vectors
 
 def _grouped(p, parts, method, hp):
     "Task vectors merged by `method`"
@@ -183,21 +183,21 @@ def fit_bases(
     return Bases(kind, names, encoder, decoder, kind=='pca', labels, pd.DataFrame(check_gram(g), index=names, columns=names),
         x.diagonal()[:n].copy(), x[n:,:n], x[n:,n:], head, exclude, seed, p, mix, raw)
 
-# %% ../nbs/26_bases.ipynb #d12f9336
+# %% ../nbs/26_bases.ipynb #4de12e5d
 @patch
 def _vectors(self:Bases, block, b, which=slice(None)):
     "Stored vectors, (n, *shape)"
     mix = self.mix[:,which]
     rows = np.flatnonzero(mix.any(1))
     if not len(rows): return b.new_zeros(mix.shape[1], *b.shape)
-    x,mix = torch.stack([self.raw[r](block, b) for r in rows]),mix[rows]
-    if mix.shape[0]==mix.shape[1] and (mix==np.eye(len(mix))).all(): return x
-    return (torch.tensor(mix.T)@x.double().reshape(len(x), -1)).to(b.dtype).view(-1, *b.shape)
+    if np.array_equal(mix := mix[rows], np.eye(len(rows))): return torch.stack([self.raw[r](block, b) for r in rows])
+    x = torch.empty(len(rows), b.numel(), dtype=torch.float64)
+    for o,r in zip(x, rows): o.copy_(self.raw[r](block, b).reshape(-1))
+    return (torch.tensor(mix.T)@x).to(b.dtype).view(-1, *b.shape)
 
 @patch
 def _sum(self:Bases, coefs):
     "The change that `coefs` of the stored vectors make, as a function of a block"
-    if not np.isfinite(coefs).all(): raise ValueError(f"weights and scale are finite numbers; they make coefficients {coefs}")
     which = np.flatnonzero(coefs)
     def change(block, b):
         out = torch.zeros(b.shape, dtype=torch.float64)
@@ -217,7 +217,7 @@ def _values(self:Bases, change, head):
     yield from ((k,None,p.view.read(k)) for k,(dt,_) in p.spec.items() if not dt.is_floating_point)
     yield from ((k,None,v) for k,v in (self.classifier(head) if head else {}).items())
 
-# %% ../nbs/26_bases.ipynb #baf8c4bb
+# %% ../nbs/26_bases.ipynb #007d988b
 @patch
 def classifier(self:Bases,
     task:str, # One of `names`
@@ -244,17 +244,17 @@ def _make(self:Bases, change, head, out, **said):
             if p.files: copy_model_files(p.files, d, config=False)
         with CheckpointWriter(d, spec) as w:
             for k,rows,t in self._values(change, head): w.write(k, t, rows)
-        (d/'bases_record.json').write_text(canonical_json(dict(format=1, kind=self.kind, bases=self.n_bases, classifier=head, **said))+'\n')
+        (d/'bases_record.json').write_text(canonical_json(dict(kind=self.kind, bases=self.n_bases, classifier=head, **said))+'\n')
     return Path(out)
 
-# %% ../nbs/26_bases.ipynb #8398cb9e
+# %% ../nbs/26_bases.ipynb #9721670a
 @patch
 def expand(self:Bases,
     task:str, # One of `names`
     out=None, # Folder to write; None: in memory
 ): # Dictionary of tensors, or the folder
     "The model of `task`, as the bases give it back"
-    return self._make(self._sum(self._whole()[:,self._at(task)]), task if self.head=='own' else None, out, operation='expand', task=task)
+    return self.add_tasks({task:1.}, head=task if self.head=='own' else None, out=out)
 
 @patch
 def add_tasks(self:Bases,
@@ -266,8 +266,9 @@ def add_tasks(self:Bases,
     "The base and the weighted sum of the task vectors of `tasks`"
     tasks = self.names if tasks is None else [tasks] if isinstance(tasks, str) else tasks
     weights,a = dict(tasks) if hasattr(tasks, 'keys') else dict.fromkeys(tasks, 1.),np.zeros(len(self.names))
-    for k,w in weights.items(): a[self._at(k)] = w
-    return self._make(self._sum(self._whole()@a*scale), head, out, operation='add_tasks', weights=weights, scale=scale)
+    for k,w in weights.items(): a[self._at(k)] = w*scale
+    if not np.isfinite(a).all(): raise ValueError(f"weights and scale are finite numbers; got {weights} and {scale}")
+    return self._make(self._sum(self._whole()@a), head, out, operation='add_tasks', weights=weights, scale=scale)
 
 @patch
 def negate(self:Bases,
@@ -277,8 +278,7 @@ def negate(self:Bases,
     out=None, # Folder to write; None: in memory
 ): # Dictionary of tensors, or the folder
     "The base minus the task vector of `task`"
-    head = task if head is None and self.head=='own' else head
-    return self._make(self._sum(-scale*self._whole()[:,self._at(task)]), head, out, operation='negate', task=task, scale=scale)
+    return self.add_tasks({task:-1.}, scale, task if head is None and self.head=='own' else head, out)
 
 # %% ../nbs/26_bases.ipynb #4c26165e
 class _Stored(Scan):
@@ -377,7 +377,7 @@ def save(self:Bases,
         with atomic_write(d/'bases.json') as f: json.dump(state|dict(digest=config_hash(state, 64)), f, indent=1, ensure_ascii=False)
     return Path(folder)
 
-# %% ../nbs/26_bases.ipynb #cf8985c7
+# %% ../nbs/26_bases.ipynb #723b880a
 def _unchanged(path, digest):
     if not path.is_file(): raise MissingDataError(f"{path.name} is missing from {path.parent}; copy the whole folder again")
     c = open_checkpoint(path)
@@ -395,11 +395,11 @@ def load(cls:Bases,
     if state.pop('digest', None)!=config_hash(state, 64): raise CheckpointError(f"{folder/'bases.json'} was changed after it was saved")
     s,files = SimpleNamespace(**state),{k:_unchanged(folder/k, v) for k,v in state['files'].items()}
     if (base := base or s.base['path']) is None: raise MissingDataError("these bases were fitted to a model in memory; give it as base=")
-    p = SimpleNamespace(paths={'the base':base, 'the bases':folder}, labels=s.labels, configs=s.configs, dtype=typed(s.dtype), heads={}, files=folder if s.tokenizer else None,
-        spec={k:(typed(dt),tuple(shape)) for k,(dt,shape) in s.spec.items()},
+    p = SimpleNamespace(paths={'the base':base, 'the bases':folder}, labels=s.labels, configs=s.configs, dtype=typed(s.dtype), heads={},
+        files=folder if s.tokenizer else None, spec={k:(typed(dt),tuple(shape)) for k,(dt,shape) in s.spec.items()},
         own={k:c.read(k) for c in (files.get('own.safetensors', {}),) for k in c})
     p.keys,(p.base,view) = _floats(p.spec),base_view(base, 'a task of these bases', p.spec)
-    if kept_digest(p.base)[0]!=s.base['digest']: raise IncompatibleError(f"{base} is not the base that the bases in {folder} were fitted to")
+    if kept_digest(p.base)[0]!=s.base['digest']: raise IncompatibleError(f"{base} is not the base to which {folder} was fitted")
     p.view = _with(view, p.own)
     if c := files.get('classifiers.safetensors'):
         for k in c: p.heads.setdefault(k.rpartition('/')[0], {})[k.rpartition('/')[2]] = c._entry(k)

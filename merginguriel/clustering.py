@@ -90,7 +90,7 @@ def random_clusters(
     "Put each task into one of `k` groups, all equally likely"
     return in_order(np.random.default_rng(seed).integers(0, check_count(k, n), n))
 
-# %% ../nbs/05_clustering.ipynb #e49b48aa
+# %% ../nbs/05_clustering.ipynb #65d70a26
 def check_groups(
     names:list, # The T tasks
     k:int|None=None, # Number of groups; None: by eigengap, or as many as `by` has
@@ -99,7 +99,8 @@ def check_groups(
     "Raise where tasks cannot be grouped so"
     if k is not None: check_count(k, len(names))
     if isinstance(by, str):
-        if by not in ('spectral','linkage','random'): raise ValueError(f"by is one of spectral, linkage, random, or says the group of each task; got {by!r}")
+        if by not in ('spectral','linkage','random'):
+            raise ValueError(f"by is one of spectral, linkage, random, or says the group of each task; got {by!r}")
         if k is None and by!='spectral': raise ValueError(f"by={by!r} needs the number of groups; only 'spectral' finds one")
     elif lack := [o for o in names if o not in by]: raise ValueError(f"by has no group for {', '.join(lack)}; give each task one")
     elif k not in (None,n := len({by[o] for o in names})): raise ValueError(f"by has {n} groups, and {k} were asked for")

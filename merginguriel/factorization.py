@@ -189,7 +189,7 @@ def random_signs(
     bits = np.unpackbits(words.astype('<u8').view(np.uint8), bitorder='little')
     return bits[start-256*first:][:n].view(np.int8)*np.int8(2)-np.int8(1)
 
-# %% ../nbs/04_factorization.ipynb #f8b3efd6
+# %% ../nbs/04_factorization.ipynb #c8944863
 def squared_errors(
     norms, # Squared lengths of the vectors, (T,)
     cross, # Inner products of stored vectors with them, (S, T)
@@ -198,7 +198,7 @@ def squared_errors(
 )->np.ndarray: # (T,); NaN where an inner product that matters is not known
     "Squared distance of each vector from what `decoder` gives back"
     w = np.asarray(decoder)
-    return norms-2*np.where(w==0, 0, w*cross).sum(0)+((inner@w)*w).sum(0)
+    return (norms-2*np.where(w==0, 0, w*cross).sum(0)+((inner@w)*w).sum(0)).clip(min=0) # Rounding may make it negative
 
 def compare_new(
     products, # Inner products of the stored vectors and, last, a new one, (S + 1, S + 1)

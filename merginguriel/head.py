@@ -63,10 +63,15 @@ def head_cosine(
     read, # From `head_reader`
 )->tuple: # (cosine, name, name)
     "The least cosine between two heads, and which"
-    one = [torch.ones(1, dtype=torch.float64)] # Where the head has no matrix
-    v = [torch.cat([o.double().flatten() for k in keys if (o := read(n, k)).dim()>1] or one) for n in names]
-    v = torch.stack([o/o.norm() for o in v])
-    cos = (v@v.T).fill_diagonal_(2.)
+    g = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for k in keys:
+        v = [read(n, k).flatten() for n in names] if read(names[0], k).dim()>1 else []
+        for x in zip(*(o.split(1<<14) for o in v)): # Few values of many heads at once
+            x = torch.stack(x).double()
+            g += x@x.T
+    if not g.any(): g += 1 # The head has no matrix
+    r = g.diagonal().sqrt()
+    cos = (g/r/r[:,None]).fill_diagonal_(2.)
     i = int(cos.argmin())
     return float(cos.min()),names[i//len(names)],names[i%len(names)]
 
