@@ -8,13 +8,14 @@ Docs: https://merginguriel.github.io/merginguriel/localize.html.md"""
 __all__ = ['mask_scope', 'largest', 'coverage', 'localize', 'localize_and_stitch', 'stitch', 'stitch_twice', 'localized',
            'localized_products', 'score_gradient', 'learn_masks', 'Masks', 'pack_masks', 'shared_masks', 'single_masks']
 
-# %% ../nbs/27_localize.ipynb #48e56390
-"""Fine-tuning changes every value, and a few per cent of the changes do the work. [Localize-and-Stitch](https://arxiv.org/abs/2408.13656)
-finds them for each source and leaves all other values as they were pretrained. Sources with small masks hardly meet, so they
-need no coefficients: where one owns a value its change is taken whole, where several do they are averaged. `localize` takes the
-largest changes and needs no data; `learn_masks` learns the masks from labelled batches. `stitch` merges by masks, and
-`merge(..., method='localize_and_stitch')` localizes and stitches. `localized` and `localized_products` are the task vectors within their masks,
-for whatever is done with task vectors."""
+# %% ../nbs/27_localize.ipynb #e710e4dc
+"""Fine-tuning changes every value, and a few per cent of the changes do the work.
+[Localize-and-Stitch](https://arxiv.org/abs/2408.13656) finds them for each source and leaves all other values as
+they were pretrained. Sources with small masks hardly meet, so they need no coefficients: where one owns a value
+its change is taken whole, where several do they are averaged. `localize` takes the largest changes and needs no
+data; `learn_masks` learns the masks from labelled batches. `stitch` merges by masks, and `merge(...,
+method='localize_and_stitch')` localizes and stitches. `localized` and `localized_products` are the task vectors
+within their masks, for whatever is done with task vectors."""
 
 # %% ../nbs/27_localize.ipynb #2ed22b6f
 import math
@@ -69,7 +70,7 @@ def largest(
     for o,n in zip(equal, [] if limit is None else limit.tolist()): o[max(0, n):] = False
     return equal.logical_or_(size>threshold[:,None]).view_as(taus)
 
-# %% ../nbs/27_localize.ipynb #61465bd2
+# %% ../nbs/27_localize.ipynb #41fb86bb
 def coverage(
     masks:Tensor, # Which values each source owns, (n, *shape), bool
     weights:Tensor|None=None, # One per source, (n,); None: equal
@@ -77,11 +78,11 @@ def coverage(
     "The share of each source in every value"
     w = torch.ones(len(masks)) if weights is None or (weights==weights[0]).all() else weights # So that shares are exact
     total = torch.zeros(masks.shape[1:], dtype=torch.float64, device=masks.device)
-    for m,o in zip(masks, w.tolist()): total.add_(m, alpha=o)
+    for m,o in zip(masks, w.tolist()): total.add_(m.double(), alpha=o)
     total.masked_fill_(total==0, 1)
-    return torch.stack([m*o/total for m,o in zip(masks, w.tolist())])
+    return torch.stack([o/total*m for m,o in zip(masks, w.tolist())])
 
-# %% ../nbs/27_localize.ipynb #f2e740a7
+# %% ../nbs/27_localize.ipynb #1f3dadd0
 def _without_head(model):
     c = open_checkpoint(model)
     heads = set(head_keys(c.keys()))
@@ -93,7 +94,10 @@ def _bodies(base, sources, keys='all', max_elements=1<<17):
     parts = {k:_without_head(as_model(v, base)) for k,v in sources.items()}
     floats,first = check_tensors(parts),next(iter(parts))
     _,view,drawn,_ = open_base(base, first, parts[first], floats, 'average')
-    return Scan(view, parts, mask_scope([k for k in floats if k not in drawn], keys), max_elements)
+    body = [k for k in floats if k not in drawn]
+    scan = Scan(view, parts, mask_scope(body, keys), max_elements)
+    scan.body = body # What the base has, in scope or not
+    return scan
 
 def _threshold(cut, scan, block): return {k:v for k,v in _given(cut, scan, block).items() if k!='majority'}
 
@@ -121,19 +125,23 @@ def localize(
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
     return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, dict(kind='largest', density=density, keys=keys))
 
-# %% ../nbs/27_localize.ipynb #0b7d8d36
+# %% ../nbs/27_localize.ipynb #7ed58260
+def _check_masks(masks):
+    if not isinstance(masks, (str,Path,Masks)):
+        raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; got {type(masks).__name__}")
+
 def _opened(masks):
-    if isinstance(masks, (str,Path)): return Masks.load(masks)
-    if not isinstance(masks, Masks): raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; got {type(masks).__name__}")
-    return masks
+    _check_masks(masks)
+    return masks if isinstance(masks, Masks) else Masks.load(masks)
 
 def _owned(masks, names, shapes):
     "Function from a block to what each of `names` owns in it, (n, *block); nothing outside the scope"
     masks = _opened(masks)
     for n in names: masks.number(n)
     for k,s in masks.shapes.items():
-        if (found := shapes.get(k))!=s: raise IncompatibleError(f"the masks are over {k!r} {list(s)}, the models "
-            f"{f'have {list(found)}' if found else 'do not have it, or not in the base'}; localize the models that are merged")
+        has = f'have {list(shapes[k])}' if k in shapes else 'do not have it, or the base does not'
+        if shapes.get(k)!=s:
+            raise IncompatibleError(f"the masks are over {k!r} {list(s)}, the models {has}; localize the models that are merged")
     def read(block):
         shape = block.shape if block.rows is None else (block.rows.stop-block.rows.start,*block.shape[1:])
         if block.key not in masks.shapes: return torch.zeros(len(names), *shape, dtype=torch.bool)
@@ -142,7 +150,7 @@ def _owned(masks, names, shapes):
 
 def _shapes(scan): return {k:tuple(scan.base.shape(k)) for k in scan.keys}
 
-# %% ../nbs/27_localize.ipynb #8c0232e7
+# %% ../nbs/27_localize.ipynb #8a3b9b6d
 def _prepare(scan, names, weights, density, keys, masks):
     if masks is not None:
         owned = _owned(masks, names, _shapes(scan))
@@ -165,13 +173,13 @@ def localize_and_stitch(
 )->Tensor: # (*shape)
     "Take the values that a source owns from it, their mean where several do, and the base elsewhere"
     if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
-    if masks is not None: _opened(masks)
+    if masks is not None: _check_masks(masks)
     if owned is None: owned = largest(taus, density, threshold, limit)
     total = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
     for share,tau in zip(coverage(owned, weights), taus): total.addcmul_(share, tau.double())
     return base+total.to(base.dtype)
 
-# %% ../nbs/27_localize.ipynb #801505a8
+# %% ../nbs/27_localize.ipynb #7658d92c
 def stitch(
     base, # Pretrained model: path or dictionary of tensors
     sources:dict, # Name -> fine-tuned model, path or dictionary
@@ -182,7 +190,8 @@ def stitch(
     **options, # Other arguments of `merge`
 ): # Dictionary of tensors, or the `MergeReport` of the folder
     "Merge the values that `masks` give to each source"
-    if head=='own' and out is not None: raise ValueError("head='own' makes a model without a classifier, which is no model folder; leave out `out`")
+    if head=='own' and out is not None:
+        raise ValueError("head='own' makes a model without a classifier, which is no model folder; leave out `out`")
     if head=='own': sources,head = {k:_without_head(as_model(v, base)) for k,v in sources.items()},'average'
     how = dict(method='localize_and_stitch', weights=weights, head=head, masks=_opened(masks), **options)
     return merge_state_dicts(base, sources, **how) if out is None else merge(base, sources, out, **how)
@@ -201,7 +210,7 @@ def stitch_twice(
     "Delete what the members of a cluster have in common, then stitch"
     return stitch(base, sources, single_masks(_opened(masks), clusters), out, **options)
 
-# %% ../nbs/27_localize.ipynb #d6d2eea1
+# %% ../nbs/27_localize.ipynb #8dc068e4
 def _reduced(scan, owned, name, i):
     "Blocks of source `name`, the base where it owns nothing"
     for block,b,_ in scan():
@@ -240,7 +249,8 @@ def localized_products(
     "Inner products of the task vectors within their masks"
     scan,names = _bodies(base, sources),list(sources)
     owned = _owned(masks, names, _shapes(scan))
-    g = sum(scan.map(lambda block, _, taus: products((taus*owned(block)).reshape(len(names), -1))), torch.zeros(len(names), len(names))).numpy()
+    work = lambda block, _, taus: products((taus*owned(block)).reshape(len(names), -1))
+    g = sum(scan.map(work), torch.zeros(len(names), len(names))).numpy()
     d = np.sqrt(np.diag(g)) if cosine else np.ones(len(g))
     return pd.DataFrame(np.divide(g, np.outer(d, d), out=np.full(g.shape, np.nan), where=np.outer(d, d)>0), names, names)
 
@@ -259,7 +269,7 @@ def _move(scores, slopes, o):
     p = scores.sigmoid()
     return scores.sub_((o.lr*slopes-o.lam*scores.sign())*p*(1-p))
 
-# %% ../nbs/27_localize.ipynb #36614d61
+# %% ../nbs/27_localize.ipynb #0a36236b
 def _classified(model, batch):
     return F.cross_entropy(model(**{k:v for k,v in batch.items() if k!='labels'}).logits, batch['labels'])
 
@@ -273,23 +283,22 @@ def _named_parameters(model, source, name):
     "Tensor name -> parameter, the same names in both"
     have,floats = dict(model.named_parameters()),[k for k in source if source.dtype(k).is_floating_point]
     lack,extra = [k for k in floats if k not in have],[k for k in have if k not in source]
-    if lack or extra: raise TensorNamesError(f"{(lack or extra)[0]!r} is in {f'{name} and not in the model' if lack else f'the model and not in {name}'}; "
-        "build the model from the configuration of the source, without shared parameters")
+    where = f'{name} and not in the model' if lack else f'the model and not in {name}'
+    if lack or extra: raise TensorNamesError(f"{(lack or extra)[0]!r} is in {where}; build the model from the configuration of the "
+        "source, without shared parameters")
     for k in floats:
         if have[k].is_meta: raise ValueError(f"{k!r} of the model has no memory for values; load it whole")
         if tuple(have[k].shape)!=tuple(source.shape(k)): raise IncompatibleError(f"{k!r} is {list(have[k].shape)} in the model and "
             f"{list(source.shape(k))} in {name}")
     return {k:have[k] for k in floats}
 
-# %% ../nbs/27_localize.ipynb #36b14c76
+# %% ../nbs/27_localize.ipynb #0b229a25
 class _Learner:
     "The scores of one source, and a model that they are written into"
     def __init__(self, name, model, scan, source, start, o):
-        self.name,self.scan,self.o,self.params,self.unit = name,scan,o,_named_parameters(model, source, name),None
-        part,self.model = scan.sources[name],model
-        self.scan = Scan(scan.base, {name:part}, scan.keys, 1<<20)
-        for k,p in self.params.items(): # Outside of the scope the base, where it has the tensor, else the source
-            p.data.copy_((scan.base if k in o.body else source).read(k, copy=False))
+        self.name,self.model,self.o,self.params,self.unit = name,model,o,_named_parameters(model, source, name),None
+        self.scan,body = Scan(scan.base, {name:scan.sources[name]}, scan.keys, 1<<20),set(scan.body)
+        for k,p in self.params.items(): p.data.copy_((scan.base if k in body else source).read(k, copy=False))
         self.start = {k:torch.from_numpy(v).view(-1) for k,v in start[name].items()}
         self.scores = {k:torch.where(m, o.bias, -o.bias).to(self.params[k].device, torch.float32) for k,m in self.start.items()}
     def pieces(self):
@@ -307,21 +316,23 @@ class _Learner:
         sizes,total = [len(next(iter(b.values()))) for b in batches],0.
         for b,n in zip(batches, sizes):
             loss = self.o.loss(self.model, {k:v.to(self.params[self.scan.keys[0]].device) for k,v in b.items()})
-            if not loss.isfinite(): raise ValueError(f"the loss of {self.name} is {loss.item()}; look for odd texts, or lower the learning rate")
-            if torch.is_grad_enabled() and not loss.requires_grad: raise RuntimeError("the loss has no gradient: something detaches it from the model")
+            if not loss.isfinite():
+                raise ValueError(f"the loss of {self.name} is {loss.item()}; look for odd texts, or lower the learning rate")
+            if torch.is_grad_enabled() and not loss.requires_grad:
+                raise RuntimeError("the loss has no gradient: something detaches it from the model")
             if torch.is_grad_enabled(): (loss*(1 if self.o.scale=='published' else n/sum(sizes))).backward()
             total += loss.item()*n/sum(sizes)
         return total
     def step(self):
         slopes = lambda: ((s,(g*tau).float()) for _,g,s,_,tau in self.pieces())
-        if lack := [k for k in self.scan.keys if self.params[k].grad is None]: raise RuntimeError(f"the loss does not depend on {lack[0]!r}; "
-            "give the other tensors as keys=")
+        if lack := [k for k in self.scan.keys if self.params[k].grad is None]:
+            raise RuntimeError(f"the loss does not depend on {lack[0]!r}; give the other tensors as keys=")
         if self.unit is None: self.unit = 1. if self.o.scale=='published' else max(x.abs().max().item() for _,x in slopes() if len(x))
         if not self.unit: raise RuntimeError(f"no change of {self.name} has an effect on the loss; is it equal to the base?")
         for s,x in slopes(): _move(s, x/self.unit, self.o)
     def mask(self): return {k:(s>0).cpu().view(self.params[k].shape) for k,s in self.scores.items()}
 
-# %% ../nbs/27_localize.ipynb #3e01f03a
+# %% ../nbs/27_localize.ipynb #886359fd
 def _learn(w, batches):
     "Learn the scores; records of the epochs"
     o,log,size = w.o,[],w.scan.size()
@@ -333,14 +344,14 @@ def _learn(w, batches):
         w.step()
     m = w.mask()
     changed,left = sum(int((m[k].view(-1)!=v).sum()) for k,v in w.start.items()),sum(int(v.sum()) for v in m.values())
-    if not changed: raise RuntimeError(f"the mask of {w.name} is what it was before: no score changed its sign in {o.epochs} epochs. Raise lr "
-        f"({o.lr:g}) or epochs, lower lam ({o.lam:g}), or, if the largest changes are what you want, use `localize`")
+    if not changed: raise RuntimeError(f"the mask of {w.name} is what it was before: no score changed its sign in {o.epochs} "
+        f"epochs. Raise lr ({o.lr:g}) or epochs, lower lam ({o.lam:g}), or, if the largest changes are wanted, use `localize`")
     if not left: raise RuntimeError(f"the mask of {w.name} is empty: no change is worth lam={o.lam:g}; lower it")
     w.write(lambda s: (s>0).to(s.dtype))
     with torch.no_grad(): loss = w.backward(batches)
     return m,[*log,dict(source=w.name, epoch=o.epochs, loss=loss, mean=left/size, density=left/size)]
 
-# %% ../nbs/27_localize.ipynb #32a08921
+# %% ../nbs/27_localize.ipynb #3b2ff702
 def learn_masks(
     model, # Classifier whose parameters are overwritten; or name -> one, where sources have labels of their own
     base, # Pretrained model: path or dictionary of tensors
@@ -360,16 +371,19 @@ def learn_masks(
     _one_of(reg=(reg,('l1','polar')), scale=(scale,('largest','published')))
     if lam is None and (reg,scale)==('l1','published'): raise ValueError("the size of unscaled gradients is that of the model; give lam")
     lam = lam if lam is not None else .003 if reg=='l1' else 10.
-    o = SimpleNamespace(loss=loss or _classified, bias=float(bias), lam=lam, reg=reg, lr=lr or (1e4 if scale=='largest' else 1e7), epochs=epochs, scale=scale)
-    if lam<0 or bias<=0 or epochs<1 or o.lr<=0: raise ValueError(f"lam is 0 or more, the others above 0; got {lam=}, {bias=}, {epochs=}, lr={o.lr}")
-    if set(batches)!=set(sources): raise ValueError(f"batches are of {sorted(batches)}, the sources {sorted(sources)}; give one list for each")
+    lr = lr if lr is not None else 1e4 if scale=='largest' else 1e7
+    o = SimpleNamespace(loss=loss or _classified, bias=float(bias), lam=lam, reg=reg, lr=lr, epochs=epochs, scale=scale)
+    if lam<0 or bias<=0 or epochs<1 or lr<=0:
+        raise ValueError(f"lam is 0 or more, the others above 0; got {lam=}, {bias=}, {epochs=}, {lr=}")
+    if set(batches)!=set(sources):
+        raise ValueError(f"batches are of {sorted(batches)}, the sources {sorted(sources)}; give one list for each")
     for n,b in batches.items(): _check_batches(b, n, o.loss)
     scan,found,log = _bodies(base, sources, keys),{},[]
-    start,o.body = localize(base, sources, density, keys),set(scan.base)
+    start = localize(base, sources, density, keys)
     for n,v in sources.items():
         m = model[n] if isinstance(model, dict) else model
         w = _Learner(n, m, scan, open_checkpoint(as_model(v, base)), start, o)
         with _ready(m, w.params, {k:True if k in w.scores else None for k in w.params}): found[n],rows = _learn(w, batches[n])
         log += rows
-    said = {k:v for k,v in vars(o).items() if k not in ('loss','body')}
+    said = {k:v for k,v in vars(o).items() if k!='loss'}
     return pack_masks(found, dict(kind='learned', density=density, keys=keys)|said, pd.DataFrame(log))

@@ -7,11 +7,12 @@ Docs: https://merginguriel.github.io/merginguriel/masks.html.md"""
 # %% auto #0
 __all__ = ['Masks', 'pack_masks', 'as_groups', 'shared_masks', 'single_masks']
 
-# %% ../nbs/07_masks.ipynb #e8e2a2bf
-"""A model with 278 million values takes 1.1 GB, and a mask over it 35 MB, if a bit is a bit. `Masks` are the masks of several owners over the
-same tensors: packed eight to a byte, in memory or in a file that is read where it is looked at, and with a digest, so that another or an
-altered file is an error. `density` says how much each owner has, `overlap` how much two have in common, `storage` what it costs.
-`shared_masks` and `single_masks` make new masks from those of a cluster. What the masks are of is not known here; tensors are names and shapes."""
+# %% ../nbs/07_masks.ipynb #acc6a323
+"""A model with 278 million values takes 1.1 GB, and a mask over it 35 MB, if a bit is a bit. `Masks` are the masks
+of several owners over the same tensors: packed eight to a byte, in memory or in a file that is read where it is
+looked at, and with a digest, so that another or an altered file is an error. `density` says how much each owner
+has, `overlap` how much two have in common, `storage` what it costs. `shared_masks` and `single_masks` make new
+masks from those of a cluster. What the masks are of is not known here; tensors are names and shapes."""
 
 # %% ../nbs/07_masks.ipynb #2b751267
 import hashlib,json,math
@@ -21,7 +22,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/07_masks.ipynb #686e5c53
+# %% ../nbs/07_masks.ipynb #46108da9
 class Masks:
     "Which values of which tensors each owner has"
     def __init__(self,
@@ -41,7 +42,9 @@ class Masks:
     def __repr__(self):
         d = self.density()
         return f"Masks of {len(d)} owner{'s'*(len(d)>1)}, {100*d.min():.3g} to {100*d.max():.3g} % of {self.size():,} values each"
-    def number(self, name)->int:
+    def number(self,
+        name, # An owner
+    )->int:
         "Number of the mask of `name`"
         if name in self.at: return self.at[name]
         raise KeyError(f"no mask of {name!r}; there are {', '.join(self.at)}")
@@ -116,10 +119,10 @@ def storage(self:Masks,
     bits,whole = len(set(self.at.values()))*sum(map(_bytes, self.shapes.values())),len(self.at)*self.size()*itemsize
     return pd.Series(dict(values=values, bits=bits, bytes=values+bits, whole=whole, fraction=(values+bits)/whole))
 
-# %% ../nbs/07_masks.ipynb #06643d89
+# %% ../nbs/07_masks.ipynb #bb57fb9c
 @patch
 def digest(self:Masks)->str: # 64 hexadecimal digits
-    "SHA-256 of who has what"
+    "SHA-256 of what each owner has"
     h = hashlib.sha256(canonical_json([self.at, self.shapes]).encode())
     for k in sorted(self.bits): h.update(k.encode()+bytes(self.bits[k][:]))
     return h.hexdigest()
@@ -149,7 +152,8 @@ def load(cls:Masks,
     try: state = json.loads((folder/'masks.json').read_text(encoding='utf-8'))
     except ValueError as e: raise CheckpointError(f"{folder/'masks.json'} is damaged ({e}); copy it again") from e
     known = state.pop('digest', None)==config_hash(state, 64),state.get('bits')==file_digest(folder/'masks.safetensors')
-    if not all(known): raise CheckpointError(f"{folder/('masks.safetensors' if known[0] else 'masks.json')} was changed after it was saved; copy it again")
+    if not all(known): raise CheckpointError(f"{folder/('masks.safetensors' if known[0] else 'masks.json')} was changed after it "
+        "was saved; copy it again")
     f = safe_open(folder/'masks.safetensors', framework='np')
     log = None if state['log'] is None else pd.DataFrame(state['log'])
     bits = {k:s if s.get_shape()[0] else np.zeros(0, np.uint8) for k in f.keys() for s in [f.get_slice(k)]}
