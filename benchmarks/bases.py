@@ -9,7 +9,7 @@ models, stack the task vectors in float32, `torch.linalg.svd` of the dense matri
 all task vectors more than once, so it is run on a part of each model, `--naive-values` values, and so is ours (*svd, part*); the largest
 relative difference of what both give back is printed. Each row is a process of its own, and all CPU seconds of it count, those of
 imports too. Rows take turns, so that a busy machine slows all. Memory is the highest RssAnon of the process, sampled from outside."""
-import argparse,os,platform,shutil,statistics,sys,tempfile
+import argparse,json,os,platform,shutil,statistics,sys,tempfile
 from pathlib import Path
 import numpy as np
 from merge import measured
@@ -57,7 +57,7 @@ def naive(folder, m, out):
     import torch
     from safetensors.torch import load_file,save_file
     base,*models = [load_file(p) for p in files(folder)]
-    v = torch.stack([torch.cat([(f[k]-base[k]).flatten() for k in base]) for f in models], 1)
+    v = torch.stack([torch.cat([(f[k]-base[k]).flatten() for k in sorted(base)]) for f in models], 1)
     u,s,vh = torch.linalg.svd(v, full_matrices=False)
     out.mkdir()
     save_file(dict(bases=(u[:,:m]*s[:m]).T.contiguous(), decoder=vh[:m].contiguous()), out/'naive.safetensors')
@@ -65,10 +65,9 @@ def naive(folder, m, out):
 def difference(a, b):
     "Largest difference of what both give back, relative to the largest value"
     from safetensors.numpy import load_file
-    import json
     n,o = load_file(a/'naive.safetensors'),json.loads((b/'bases.json').read_text())
     parts = [load_file(p) for p in sorted(b.glob('basis-*'))]
-    x = np.stack([np.concatenate([p[k].ravel() for k in p]) for p in parts])
+    x = np.stack([np.concatenate([p[k].ravel() for k in sorted(p)]) for p in parts])
     back = n['decoder'].T@n['bases']
     return float(abs(back-np.array(o['decoder'], dtype=np.float32).T@x).max()/abs(back).max())
 
