@@ -14,21 +14,24 @@ fine-tuned models, and a function that scores an encoder on a task; texts or ima
 chosen on dev data, test data is read at the chosen one only, and each score goes into the store when it is there, so that an
 interrupted study goes on where it stopped. `normalised` is an accuracy over that of the task's own fine-tuned model."""
 
-# %% ../nbs/65_arithmetic.ipynb #d74923a9
+# %% ../nbs/65_arithmetic.ipynb #65ac3c46
 from functools import cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 from .core import *
 from .validation import *
 from .checkpoint import *
 from .base_model import *
+from .head import *
 from .bases import *
+from .localize import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/65_arithmetic.ipynb #56591fa1
+# %% ../nbs/65_arithmetic.ipynb #afc063f6
 class Arithmetic:
     "A base, fine-tuned models of T tasks, and how they are scored"
     def __init__(self,
@@ -40,16 +43,20 @@ class Arithmetic:
         where:str='en-US', # What the store calls the locale of the scores
         **about, # What else the scores depend on, e.g. data set and sizes: plain values
     ):
-        self.base,self.models,self.score,self.head,self.where,self.store = base,models,score,head,where,Store(store)
-        self.names,self.whole = list(models),fit_bases(base, models, len(models), 'all', head=head)
-        self.origin = self.whole.add_tasks(scale=0.)
-        digest = lambda o: kept_digest(open_checkpoint(o))[0]
-        self.about = about|dict(study='arithmetic', models={k:digest(v) for k,v in models.items()}, base=open_checkpoint(self.origin).digest())
+        self.base,self.score,self.head,self.where,self.store,self.names = base,score,head,where,Store(store),list(models)
+        opened = {k:open_checkpoint(v) for k,v in models.items()}
+        self.origin = fit_bases(base, models, len(models), 'all', head=head).add_tasks(scale=0.)
+        self.about = about|dict(study='arithmetic', models={k:kept_digest(c)[0] for k,c in opened.items()})
+        self.about['base'] = open_checkpoint(self.origin).digest()
+        self.still = {k:v for k,v in self.origin.items() if all(torch.equal(v, c.read(k, copy=False)) for c in opened.values())}
+        self.models = {t:some_tensors(c, [k for k in c if k not in self.still]) for t,c in opened.items()}
+        self.origin = {k:v for k,v in self.origin.items() if k not in self.still}
+        self.whole = fit_bases(base, self.models, len(models), 'all', head=head)
         d = self.store.scores()
         self.known,self.fits = dict(zip(zip(d.hash, d.name, d.split), d.value)),{}
     def __repr__(self): return f"Arithmetic({len(self.names)} tasks, {len(self.known)} scores in the store)"
 
-# %% ../nbs/65_arithmetic.ipynb #12d9940c
+# %% ../nbs/65_arithmetic.ipynb #480b7cd5
 @patch
 def scores(self:Arithmetic,
     what:dict, # What makes the model, in plain values
@@ -61,12 +68,12 @@ def scores(self:Arithmetic,
     config,tasks = self.about|what,self.names if tasks is None else list(tasks)
     h = config_hash(config)
     if lack := [t for t in tasks if (h,t,split) not in self.known]:
-        state = make()
-        for t in lack:
-            a = self.score(state, t, split)
+        state = self.still|make()
+        got = {t:self.score(state, t, split) for t in lack}
+        for t,a in got.items():
             if not isinstance(a, Accuracy): raise TypeError(f"score({t!r}, {split!r}) gives an Accuracy, as accuracy_of does; got {a!r}")
-            self.store.record(config, [a.row(name=t, locale=self.where, split=split)])
-            self.known[h,t,split] = a.value
+        self.store.record(config, [a.row(name=t, locale=self.where, split=split) for t,a in got.items()])
+        self.known |= {(h,t,split):a.value for t,a in got.items()}
     return pd.Series({t:self.known[h,t,split] for t in tasks})
 
 @patch
@@ -132,9 +139,9 @@ def add(self:Arithmetic,
     scale,_ = choose_scale(lambda s: self._at(what, end, s, 'dev', tasks), own, scales)
     return self._rows(what, self._at(what, end, scale, 'test', tasks), scale=scale)
 
-# %% ../nbs/65_arithmetic.ipynb #f614bd65
-addition_kinds = dict(ae=('tasks','bases'), linear_ae=('tasks',), svd=('tasks',), pca=('tasks',), cluster=('tasks','bases'),
-    subset=('tasks','bases'), random=('tasks',), random_cluster=('bases',)) # Kind -> which sums are tried: of tasks got back, of bases
+# %% ../nbs/65_arithmetic.ipynb #06d56c47
+addition_kinds = dict(ae=('tasks','bases'), linear_ae=('tasks',), svd=('tasks',), pca=(), cluster=('bases',), random_cluster=('bases',),
+    subset=('tasks','bases'), random=('tasks',)) # Kind -> sums that are tried, of tasks got back or of bases
 
 @patch
 def additions(self:Arithmetic,
@@ -154,7 +161,8 @@ def additions(self:Arithmetic,
                 made = dict(tasks=b.add_tasks, bases=b.add_bases)
                 plan += [(dict(kind=kind, n_bases=m, way=o, seed=seed, draw=draw), made[o]) for o in ways]
     base = self._rows(dict(operation='add', kind='pretrained', n_bases=0, way='tasks'), self.pretrained('test'), scale=0.)
-    return pd.concat([base, *(self.add(dict(operation='add')|w, f) for w,f in tqdm(plan, disable=not progress, leave=False))], ignore_index=True)
+    rows = [self.add(dict(operation='add')|w, f) for w,f in tqdm(plan, disable=not progress, leave=False)]
+    return pd.concat([base,*rows], ignore_index=True)
 
 # %% ../nbs/65_arithmetic.ipynb #24f9d3d8
 @patch
@@ -173,7 +181,7 @@ def retained(self:Arithmetic,
         out.append(self._rows(what, pd.concat(got), stored=(len(b.decoder)+b.offset)*(kind!='random')/len(self.names)))
     return pd.concat(out, ignore_index=True)
 
-# %% ../nbs/65_arithmetic.ipynb #31fabc8a
+# %% ../nbs/65_arithmetic.ipynb #78e5104a
 @patch
 def forgetting(self:Arithmetic,
     kind:str='all', # Kind of the bases; 'all': the task vectors themselves
@@ -193,7 +201,8 @@ def forgetting(self:Arithmetic,
         before,dev = two(self.pretrained('test')),two(self.pretrained('dev'))
         scale,_ = choose_forgetting(lambda s: two(self._at(what, end, s, 'dev')), dev[1], keep)
         after = two(self._at(what, end, scale, 'test'))
-        rows.append(dict(kind=kind, n_bases=m, task=t, scale=scale, before=before[0], after=after[0], control_before=before[1], control_after=after[1]))
+        rows.append(dict(kind=kind, n_bases=m, task=t, scale=scale, before=before[0], after=after[0], control_before=before[1],
+            control_after=after[1]))
     return pd.DataFrame(rows)
 
 # %% ../nbs/65_arithmetic.ipynb #1779fb57
@@ -213,7 +222,31 @@ def cluster_means(self:Arithmetic,
     rows = [self.add(what(o), f, tasks, scales).assign(chosen=scales is None) for o,f in ways.items() for scales in ([1.],None)]
     return pd.concat(rows, ignore_index=True).drop(columns='tasks')
 
-# %% ../nbs/65_arithmetic.ipynb #5979d75a
+# %% ../nbs/65_arithmetic.ipynb #43c6181e
+@patch
+def stitched(self:Arithmetic,
+    k:int, # Number of clusters
+    densities=(.01,.02,.05,.1,.2,.4,1.), # Fractions of the largest changes, to choose from on dev data
+    learned=None, # `Masks` of the tasks, as `learn_masks` makes them; None: only the largest changes
+    learned_from:str='', # What the masks were learned from, for the store
+    seed:int=0, # Of the clusters
+)->pd.DataFrame: # One row per way, kind of mask and task; `density` of the masks that were chosen
+    "Localize-and-Stitch over all tasks: plain, with one mask for each cluster, and twice"
+    groups,rows = dict(zip(self.names, map(int, self.fit('cluster', k, seed).clusters))),[]
+    ways = dict(stitch=lambda m: m, shared_masks=lambda m: shared_masks(m, groups), stitch_twice=lambda m: single_masks(m, groups))
+    largest = cache(lambda d: localize(self.base, self.models, d))
+    for way,f in ways.items():
+        for masks,find,options in (('largest',largest,list(densities)),('learned',lambda _: learned,[0.])):
+            if masks=='learned' and learned is None: continue
+            what = dict(operation='stitch', way=way, masks=masks, n_bases=k, groups=groups)
+            if masks=='learned': what['learned_from'] = learned_from
+            make = lambda d: lambda: stitch(self.base, self.models, f(find(d)), head='own' if self.head=='own' else 'average')
+            at = lambda d,split: self.scores(what|dict(density=d), make(d), split)
+            d,_ = choose_scale(lambda d: at(d, 'dev'), self.own('dev'), options)
+            rows.append(self._rows(dict(way=way, masks=masks, n_bases=k), at(d, 'test'), density=d or float(learned.density().mean())))
+    return pd.concat(rows, ignore_index=True)
+
+# %% ../nbs/65_arithmetic.ipynb #ae36de71
 @patch
 def held_out(self:Arithmetic,
     n_bases:int, # M, fitted to all tasks but one
@@ -228,7 +261,8 @@ def held_out(self:Arithmetic,
         one = [self.scores(what|dict(basis=i), lambda i=i: b.add_bases({i:1.}), 'test', [t])[t] for i in range(b.n_bases)]
         mean = self.scores(what|dict(basis='mean'), lambda: b.add_bases(outer='mean'), 'test', [t])[t]
         i = int(cos.idxmax())
-        rows.append(dict(kind=kind, n_bases=n_bases, task=t, basis=i, cosine=cos[i], pretrained=base[t], nearest=one[i], best=max(one), others=np.mean(one), mean=mean, own=own[t]))
+        got = dict(pretrained=base[t], nearest=one[i], best=max(one), others=np.mean(one), mean=mean, own=own[t])
+        rows.append(dict(kind=kind, n_bases=n_bases, task=t, basis=i, cosine=cos[i])|got)
     return pd.DataFrame(rows)
 
 @patch
@@ -236,6 +270,7 @@ def online(self:Arithmetic,
     n_bases:int, # M
     kind:str='cluster', # Kind of the bases
     start:int|None=None, # Tasks at the fit; None: half of them
+    every:int=1, # Score after this many arrivals, and after the last
     seed:int=0, # Of the order in which tasks arrive
 )->pd.DataFrame: # Rows of `add` over the tasks seen so far, for each arrival, online and fitted again
     "Add tasks one after another without a new fit"
@@ -245,6 +280,7 @@ def online(self:Arithmetic,
     b = fit_bases(self.base, first, n_bases, kind, seed, self.whole.gram if kind!='random' else None, self.head)
     for n in range(start, len(order)+1):
         if n>start: b.add(order[n-1], self.models[order[n-1]])
+        if (n-start)%every and n<len(order): continue
         for way,o in (('online',b),('fitted again',self.fit(kind, n_bases, seed, order[:n]))):
             what = dict(operation='online', way=way, kind=kind, n_bases=n_bases, seed=seed, start=start, order=order[:n])
             rows.append(self.add(what, o.add_bases if kind=='cluster' else o.add_tasks, order[:n]).assign(n=n).drop(columns='order'))
@@ -265,7 +301,7 @@ def mean_over_tasks(
         out.append(dict(zip(by, k))|dict(mean=x.mean(), low=low, high=high, tasks=len(x)))
     return pd.DataFrame(out).set_index(list(by))
 
-# %% ../nbs/65_arithmetic.ipynb #f09fe295
+# %% ../nbs/65_arithmetic.ipynb #0fb9f289
 basis_colours = dict(all='#000000', ae='#0072b2', linear_ae='#56b4e9', svd='#009e73', pca='#8fd0bb', cluster='#d55e00',
     random_cluster='#e6a98b', subset='#cc79a7', random='#999999', pretrained='#bbbbbb') # One fixed colour per kind
 
@@ -281,7 +317,8 @@ def plot_retained(
     for i,k in enumerate(kinds):
         o = d[d.kind==k].sort_values('n_bases')
         x = o.n_bases.astype(float)+.06*(i-len(kinds)/2) # Side by side
-        ax.errorbar(x, o['mean'], [o['mean']-o.low, o.high-o['mean']], color=basis_colours[k], label=k.replace('_',' '), marker='o', ms=3.5, lw=1.2, elinewidth=.8)
+        ax.errorbar(x, o['mean'], [o['mean']-o.low, o.high-o['mean']], color=basis_colours[k], label=k.replace('_',' '), marker='o',
+            ms=3.5, lw=1.2, elinewidth=.8)
     if keep: ax.axhline(keep, color='k', lw=.8, ls=':')
     ax.set(xlabel='number of bases', ylabel='accuracy / own model', xticks=sorted(set(d.n_bases)))
     ax.legend(frameon=False, fontsize=7, ncol=2)

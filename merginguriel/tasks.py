@@ -6,7 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['hub_sources', 'relabelled', 'intent_tasks', 'home_tasks', 'massive_tasks', 'hub_task', 'toy_tasks', 'text_tasks',
-           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'task_base', 'TextScores']
+           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'task_base', 'learn_task_masks',
+           'TextScores']
 
 # %% ../nbs/64_tasks.ipynb #a06c1c3c
 """Locales of one task share labels; tasks of one language share only the encoder. `text_tasks` cuts MASSIVE, the embedded set, a folder or
@@ -14,7 +15,7 @@ sets of the hub into tasks, each with labels of its own and with the splits of i
 from one base. By default a task's classifier is not trained but read off the names of its labels (`name_head`), as CLIP's is, so that the
 base can be scored too and all that is learned is in the encoder. `TextScores` scores any encoder on any task, each text run once."""
 
-# %% ../nbs/64_tasks.ipynb #3e363b99
+# %% ../nbs/64_tasks.ipynb #0a2633fa
 import re
 from pathlib import Path
 import numpy as np
@@ -24,6 +25,7 @@ from .core import *
 from .toy import *
 from .checkpoint import *
 from .base_model import *
+from .localize import *
 from .home import *
 from .data import *
 from .data import _massive_file,_deal
@@ -31,12 +33,13 @@ from .mini import *
 from .train import *
 from .evaluate import *
 
-# %% ../nbs/64_tasks.ipynb #d3099aa3
+# %% ../nbs/64_tasks.ipynb #cdb9d238
 def _dataset(rows, labels):
     "A data set of rows (text, name of the label, id)"
     from datasets import ClassLabel,Dataset,Features,Value
     text,label,ids = map(list, zip(*rows))
-    features = Features(dict(text=Value('string'), label=ClassLabel(names=labels), id=Value('string' if isinstance(ids[0], str) else 'int64')))
+    kind = Value('string' if isinstance(ids[0], str) else 'int64')
+    features = Features(dict(text=Value('string'), label=ClassLabel(names=labels), id=kind))
     return Dataset.from_dict(dict(text=text, label=[labels.index(o) for o in label], id=ids), features=features)
 
 def _rows(dataset):
@@ -71,7 +74,7 @@ def intent_tasks(
     if len(set(shared.values()))>1: out['action'] = shared
     return out|({'scenario':{i:p[0] for i,p in parts.items()}} if len(by)>1 else {})
 
-# %% ../nbs/64_tasks.ipynb #d7c67e52
+# %% ../nbs/64_tasks.ipynb #c6413cc5
 _splits = ('train','dev','test')
 _home = dict(timers='StartTimer CancelTimer PauseTimer UnpauseTimer IncreaseTimer DecreaseTimer TimerStatus',
     media='MediaNext MediaPrevious MediaPause MediaUnpause', volume='SetVolume SetVolumeRelative MediaPlayerMute MediaPlayerUnmute',
@@ -108,13 +111,15 @@ def massive_tasks(
     for o in slots:
         if not any(o in v for v in named.values()): raise ValueError(f"no utterance names a slot {o!r}; there are "
             f"{', '.join(sorted(set().union(*named.values())))}")
-        out[f'names_{o}'] = {s:_dataset([(t,o if o in named[i] else f'no_{o}',i) for t,_,i in _rows(d)], sorted([o,f'no_{o}'])) for s,d in data.items()}
+        said = lambda d: [(t,o if o in named[i] else f'no_{o}',i) for t,_,i in _rows(d)]
+        out[f'names_{o}'] = {s:_dataset(said(d), sorted([o,f'no_{o}'])) for s,d in data.items()}
     return out
 
-# %% ../nbs/64_tasks.ipynb #25830bcd
+# %% ../nbs/64_tasks.ipynb #520d279d
 _two,_sep = ('negative','positive'),' </s></s> '
 hub_sources = dict(sst2=('nyu-mll/glue|sst2|sentence|label',None), mr=('cornell-movie-review-data/rotten_tomatoes||text|label',None),
-    cr=('SetFit/SentEval-CR||text|label',_two), mpqa=('jxm/mpqa||text|label',_two), subj=('SetFit/subj||text|label',('objective','subjective')),
+    cr=('SetFit/SentEval-CR||text|label',_two), mpqa=('jxm/mpqa||text|label',_two),
+    subj=('SetFit/subj||text|label',('objective','subjective')),
     trec=('CogComp/trec@refs/convert/parquet||text|coarse_label',None), qnli=('nyu-mll/glue|qnli|question+sentence|label',None),
     mrpc=('nyu-mll/glue|mrpc|sentence1+sentence2|label',None), qqp=('nyu-mll/glue|qqp|question1+question2|label',None),
     rte=('nyu-mll/glue|rte|sentence1+sentence2|label',None), mnli=('nyu-mll/glue|mnli|premise+hypothesis|label',None),
@@ -132,7 +137,8 @@ def hub_task(
     "A data set of the hub as a task"
     from datasets import load_dataset
     spec,names = hub_sources.get(name, (name,None))
-    if spec.count('|')!=3: raise ValueError(f"{name!r} is none of {', '.join(hub_sources)}, nor of the form path|configuration|text+text|label")
+    if spec.count('|')!=3: raise ValueError(f"{name!r} is none of {', '.join(hub_sources)}, nor of the form "
+        "path|configuration|text+text|label")
     path,config,texts,label = spec.split('|')
     path,_,revision = path.partition('@')
     try: d = load_dataset(path, config or None, revision=revision or None)
@@ -142,12 +148,13 @@ def hub_task(
     train,dev,test = find('train'),find('validation'),find('test')
     if not test: test,dev = dev,[]
     if not dev: train,dev = ([r for r in train if (_deal(r[0], 0)=='dev')==o] for o in (False,True))
-    if not (train and dev and test): raise MissingDataError(f"{path} has {len(train)} training, {len(dev)} dev and {len(test)} test texts with labels; all three are needed")
+    if not (train and dev and test): raise MissingDataError(f"{path} has {len(train)} training, {len(dev)} dev and {len(test)} "
+        "test texts with labels; all three are needed")
     labels = sorted({l for _,l in train+dev+test})
     make = lambda rows: _dataset([(t,l,i) for i,(t,l) in enumerate(rows)], labels)
     return dict(train=make(train), dev=make(dev), test=make(test))
 
-# %% ../nbs/64_tasks.ipynb #6fefcd9d
+# %% ../nbs/64_tasks.ipynb #79d00461
 def toy_tasks(
     locale:str='en-US', # One of `toy_locales`
 )->dict: # Task -> {split: data set}
@@ -159,8 +166,9 @@ def toy_tasks(
         out[w] = {s:_dataset([(t,has(t),i) for t,_,i in _rows(d)], sorted([w,'other'])) for s,d in data.items()}
     return out
 
+# %% ../nbs/64_tasks.ipynb #46f2a0bd
 def text_tasks(
-    source:str='home', # 'home', 'massive', 'toy', 'hub' (all of `hub_sources`), 'hub:NAME', or a folder with a folder for each task; several with commas
+    source:str='home', # 'home', 'massive', 'toy', 'hub', 'hub:NAME', or a folder of folders, one a task; several with commas
     locale:str='en-US', # Locale of the texts
     names=None, # Tasks to keep; None: all
     slots=(), # As for `massive_tasks`
@@ -191,6 +199,7 @@ def _from_source(o, locale, slots, seed):
     if not folders: raise MissingDataError(f"{o!r} is not home, massive, toy, hub, hub:NAME, nor a folder with a folder for each task")
     return {p.name:{s:load_intents(str(p), locale, s) for s in _splits} for p in folders}
 
+# %% ../nbs/64_tasks.ipynb #3f21434e
 def few_shot(
     dataset, # Texts with labels
     shots:int, # Texts of each label, at least 1
@@ -199,7 +208,7 @@ def few_shot(
     "As many texts of each label, drawn with replacement where there are fewer"
     if shots<1: raise ValueError(f"shots is 1 or more; got {shots}")
     rng,y = np.random.default_rng(derive_seed(seed, 'shots')),np.array(dataset['label'][:])
-    drawn = np.concatenate([rng.choice(at, shots, len(at)<shots) for c in range(len(label_names(dataset))) if len(at := np.flatnonzero(y==c))])
+    drawn = np.concatenate([rng.choice(at, shots, len(at)<shots) for at in (np.flatnonzero(y==c) for c in np.unique(y))])
     rows = _rows(dataset)
     return _dataset([(*rows[j][:2],i) for i,j in enumerate(drawn)], label_names(dataset))
 
@@ -215,7 +224,7 @@ def task_sizes(
         rows[k] = dict(labels=len(label_names(d['train'])), **{s:len(v) for s,v in y.items()}, majority=float((y['test']==top).mean()))
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('task')
 
-# %% ../nbs/64_tasks.ipynb #6a9f4927
+# %% ../nbs/64_tasks.ipynb #fb635a31
 def label_words(
     label:str, # Such as 'alarm_set' or 'StartTimer'
 )->str: # In lower case
@@ -233,14 +242,16 @@ def name_head(
     start = add_head(base, labels)
     model,tok = load_classifier(start)
     c = model.classifier
-    if not (hasattr(c, 'dense') and hasattr(c, 'out_proj')): raise IncompatibleError(f"{base} has no classifier of RoBERTa's kind (dense, out_proj); use head='joint'")
+    if not (hasattr(c, 'dense') and hasattr(c, 'out_proj')): raise IncompatibleError(f"{base} has no classifier of RoBERTa's kind "
+        "(dense, out_proj); use head='joint'")
     with torch.no_grad():
         c.dense.weight.copy_(torch.eye(len(c.dense.weight))/2) # tanh(h/2) keeps the direction
         c.dense.bias.zero_()
         h = _first_tokens(model.eval(), tok([label_words(o) for o in labels])['input_ids'], tok.pad_token_id)
         z = torch.tanh(h/2)
         z,size = z-z.mean(0),z.norm(dim=1).mean()
-        if (torch.cdist(z, z)+torch.eye(len(z))).min()<1e-4: raise ValueError(f"the encoder cannot tell two of these labels apart: {', '.join(labels)}; use head='joint'")
+        if (torch.cdist(z, z)+torch.eye(len(z))).min()<1e-4: raise ValueError("the encoder cannot tell two of these labels "
+            f"apart: {', '.join(labels)}; use head='joint'")
         c.out_proj.weight.copy_(sharpness*z/z.norm(dim=1, keepdim=True)/size)
         c.out_proj.bias.zero_()
     with atomic_dir(out) as d:
@@ -260,7 +271,7 @@ def _first_tokens(model, ids, pad_id, batch_size=128, device='cpu'):
             out[torch.from_numpy(b)] = h.float()
     return out
 
-# %% ../nbs/64_tasks.ipynb #3d796d3d
+# %% ../nbs/64_tasks.ipynb #31b3b268
 def fit_tasks(
     tasks:dict, # From `text_tasks`
     out:str|Path, # Folder for the models; those that are there are not trained again
@@ -275,11 +286,12 @@ def fit_tasks(
     from tqdm.auto import tqdm
     if head not in ('names','joint'): raise ValueError(f"head is 'names' or 'joint'; got {head!r}")
     base,models = task_base(base, out),{}
-    about = config_hash(dict(base=open_checkpoint(resolve_model(base)).digest(), seed=seed, head=head, options=options))
+    digest = open_checkpoint(resolve_model(base)).digest()
+    about = config_hash(dict(base=digest, seed=seed, head=head, options=options))
     for k,d in tqdm(tasks.items(), disable=not progress, unit='task', leave=False):
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
         folder,labels = Path(out)/about/f'{k}-{data}',label_names(d['train'])
-        start = name_head(base, labels, Path(out)/'names'/config_hash([about, labels])) if head=='names' else base
+        start = name_head(base, labels, Path(out)/'names'/config_hash([digest, labels])) if head=='names' else base
         models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
@@ -292,7 +304,35 @@ def task_base(
     if base!='toy': return base
     return Path(out)/'toy-base' if (Path(out)/'toy-base').is_dir() else toy_base(Path(out)/'toy-base')
 
-# %% ../nbs/64_tasks.ipynb #23609961
+# %% ../nbs/64_tasks.ipynb #f5116939
+def learn_task_masks(
+    tasks:dict, # From `text_tasks`
+    models:dict, # From `fit_tasks`
+    base, # From `task_base`
+    out:str|Path, # Folder for masks; those that are there are not learned again
+    shots:int=64, # Training texts of each label
+    seed:int=0, # Of their draw
+    device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+    **options, # Of `learn_masks`
+)->Masks:
+    "The changes that each task needs, learned from some of its training texts"
+    digests = {k:open_checkpoint(v).digest() for k,v in models.items()}
+    folder = Path(out)/config_hash([digests, {k:d['train']._fingerprint for k,d in tasks.items()}, shots, seed, options])
+    if folder.is_dir(): return Masks.load(folder)
+    loaded = {k:load_classifier(v, 0.) for k,v in models.items()}
+    batches = {k:_labelled(few_shot(d['train'], shots, seed), *loaded[k]) for k,d in tasks.items()}
+    device = pick_device(device)
+    masks = learn_masks({k:m.to(device).eval() for k,(m,_) in loaded.items()}, base, models, batches, **options)
+    masks.save(folder)
+    return masks
+
+def _labelled(data, model, tok, batch_size=64):
+    ids,y = tokenize(data, tok, text_limit(model)),torch.tensor(data['label'][:])
+    order = np.argsort([len(o) for o in ids], kind='stable')
+    cut = [order[i:i+batch_size] for i in range(0, len(ids), batch_size)]
+    return [pad([ids[i] for i in b], tok.pad_token_id)|dict(labels=y[torch.from_numpy(b)]) for b in cut]
+
+# %% ../nbs/64_tasks.ipynb #a6c83e16
 class TextScores:
     "Accuracy of any encoder on any task, with the classifiers of the fine-tuned models; each text is run once for all tasks"
     def __init__(self,
@@ -306,7 +346,8 @@ class TextScores:
             self.model,tok = load_classifier(v)
             self.heads[k] = self.model.classifier.to(self.device).eval()
             _check_first_token(self.model.eval(), tok, k)
-            if (said := model_labels(v))!=(want := label_names(tasks[k]['train'])): raise IncompatibleError(f"the model of {k} has the labels {said}, its texts {want}")
+            said,want = model_labels(v),label_names(tasks[k]['train'])
+            if said!=want: raise IncompatibleError(f"the model of {k} has the labels {said}, its texts {want}")
         self.model.to(self.device)
         self.keys = [k for k in self.model.state_dict() if k not in set(head_keys(self.model.state_dict()))]
         at = {t:i for i,t in enumerate(dict.fromkeys(t for d in tasks.values() for s in ('dev','test') for t in d[s]['text']))}
