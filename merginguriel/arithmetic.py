@@ -51,7 +51,8 @@ class Arithmetic:
         self.still = {k:v for k,v in self.origin.items() if all(torch.equal(v, c.read(k, copy=False)) for c in opened.values())}
         self.models = {t:some_tensors(c, [k for k in c if k not in self.still]) for t,c in opened.items()}
         self.origin = {k:v for k,v in self.origin.items() if k not in self.still}
-        self.whole = fit_bases(base, self.models, len(models), 'all', head=head)
+        self.base = self.origin if self.still else base # A base whose tensors the models lack would be refused
+        self.whole = fit_bases(self.base, self.models, len(models), 'all', head=head)
         d = self.store.scores()
         self.known,self.fits = dict(zip(zip(d.hash, d.name, d.split), d.value)),{}
     def __repr__(self): return f"Arithmetic({len(self.names)} tasks, {len(self.known)} scores in the store)"
