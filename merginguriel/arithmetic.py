@@ -14,22 +14,24 @@ fine-tuned models, and a function that scores an encoder on a task; texts or ima
 chosen on dev data, test data is read at the chosen one only, and each score goes into the store when it is there, so that an
 interrupted study goes on where it stopped. `normalised` is an accuracy over that of the task's own fine-tuned model."""
 
-# %% ../nbs/65_arithmetic.ipynb #bb9823dd
+# %% ../nbs/65_arithmetic.ipynb #65ac3c46
 from functools import cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 from .core import *
 from .validation import *
 from .checkpoint import *
 from .base_model import *
+from .head import *
 from .bases import *
 from .localize import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/65_arithmetic.ipynb #7a1e50da
+# %% ../nbs/65_arithmetic.ipynb #afc063f6
 class Arithmetic:
     "A base, fine-tuned models of T tasks, and how they are scored"
     def __init__(self,
@@ -41,17 +43,21 @@ class Arithmetic:
         where:str='en-US', # What the store calls the locale of the scores
         **about, # What else the scores depend on, e.g. data set and sizes: plain values
     ):
-        self.base,self.models,self.score,self.head,self.where,self.store = base,models,score,head,where,Store(store)
-        self.names,self.whole = list(models),fit_bases(base, models, len(models), 'all', head=head)
-        self.origin = self.whole.add_tasks(scale=0.)
-        digest = lambda o: kept_digest(open_checkpoint(o))[0]
-        self.about = about|dict(study='arithmetic', models={k:digest(v) for k,v in models.items()})
+        self.base,self.score,self.head,self.where,self.store,self.names = base,score,head,where,Store(store),list(models)
+        opened = {k:open_checkpoint(v) for k,v in models.items()}
+        self.origin = fit_bases(base, models, len(models), 'all', head=head).add_tasks(scale=0.)
+        self.about = about|dict(study='arithmetic', models={k:kept_digest(c)[0] for k,c in opened.items()})
         self.about['base'] = open_checkpoint(self.origin).digest()
+        self.still = {k:v for k,v in self.origin.items() if all(torch.equal(v, c.read(k, copy=False)) for c in opened.values())}
+        self.models = {t:some_tensors(c, [k for k in c if k not in self.still]) for t,c in opened.items()}
+        self.origin = {k:v for k,v in self.origin.items() if k not in self.still}
+        self.base = self.origin if self.still else base # A base whose tensors the models lack would be refused
+        self.whole = fit_bases(self.base, self.models, len(models), 'all', head=head)
         d = self.store.scores()
         self.known,self.fits = dict(zip(zip(d.hash, d.name, d.split), d.value)),{}
     def __repr__(self): return f"Arithmetic({len(self.names)} tasks, {len(self.known)} scores in the store)"
 
-# %% ../nbs/65_arithmetic.ipynb #01beed63
+# %% ../nbs/65_arithmetic.ipynb #480b7cd5
 @patch
 def scores(self:Arithmetic,
     what:dict, # What makes the model, in plain values
@@ -63,7 +69,7 @@ def scores(self:Arithmetic,
     config,tasks = self.about|what,self.names if tasks is None else list(tasks)
     h = config_hash(config)
     if lack := [t for t in tasks if (h,t,split) not in self.known]:
-        state = make()
+        state = self.still|make()
         got = {t:self.score(state, t, split) for t in lack}
         for t,a in got.items():
             if not isinstance(a, Accuracy): raise TypeError(f"score({t!r}, {split!r}) gives an Accuracy, as accuracy_of does; got {a!r}")

@@ -128,15 +128,15 @@ def image_base(
         (d/'training_record.json').write_text(json.dumps(record, indent=1)+'\n', encoding='utf-8')
     return out
 
-# %% ../nbs/66_images.ipynb #10949df5
+# %% ../nbs/66_images.ipynb #e0ece711
 @dataclass(frozen=True)
 class ImageOptions:
     "How `finetune_images` trains"
-    epochs:int=10 # Passes over the data; the one that is best on dev is kept, the earliest among equals
-    lr:float=1e-4 # Peak learning rate of the encoder
+    epochs:int=12 # Passes over the data; the one that is best on dev is kept, the earliest among equals
+    lr:float=2e-4 # Peak learning rate of the encoder
     head_lr:float=1e-2 # That of the classifier
     weight_decay:float=0. # Of AdamW
-    batch_size:int=32 # Pictures in a step
+    batch_size:int=16 # Pictures in a step
     warmup:int=20 # Steps over which the rates rise; then they fall as a cosine
     clip:float=1. # Largest norm of a gradient
     def __post_init__(self):

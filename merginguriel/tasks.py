@@ -271,7 +271,7 @@ def _first_tokens(model, ids, pad_id, batch_size=128, device='cpu'):
             out[torch.from_numpy(b)] = h.float()
     return out
 
-# %% ../nbs/64_tasks.ipynb #3d796d3d
+# %% ../nbs/64_tasks.ipynb #31b3b268
 def fit_tasks(
     tasks:dict, # From `text_tasks`
     out:str|Path, # Folder for the models; those that are there are not trained again
@@ -286,11 +286,12 @@ def fit_tasks(
     from tqdm.auto import tqdm
     if head not in ('names','joint'): raise ValueError(f"head is 'names' or 'joint'; got {head!r}")
     base,models = task_base(base, out),{}
-    about = config_hash(dict(base=open_checkpoint(resolve_model(base)).digest(), seed=seed, head=head, options=options))
+    digest = open_checkpoint(resolve_model(base)).digest()
+    about = config_hash(dict(base=digest, seed=seed, head=head, options=options))
     for k,d in tqdm(tasks.items(), disable=not progress, unit='task', leave=False):
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
         folder,labels = Path(out)/about/f'{k}-{data}',label_names(d['train'])
-        start = name_head(base, labels, Path(out)/'names'/config_hash([about, labels])) if head=='names' else base
+        start = name_head(base, labels, Path(out)/'names'/config_hash([digest, labels])) if head=='names' else base
         models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
