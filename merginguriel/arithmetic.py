@@ -31,7 +31,7 @@ from .localize import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/65_arithmetic.ipynb #afc063f6
+# %% ../nbs/65_arithmetic.ipynb #b4b19842
 class Arithmetic:
     "A base, fine-tuned models of T tasks, and how they are scored"
     def __init__(self,
@@ -43,7 +43,7 @@ class Arithmetic:
         where:str='en-US', # What the store calls the locale of the scores
         **about, # What else the scores depend on, e.g. data set and sizes: plain values
     ):
-        self.base,self.score,self.head,self.where,self.store,self.names = base,score,head,where,Store(store),list(models)
+        self.score,self.head,self.where,self.store,self.names = score,head,where,Store(store),list(models)
         opened = {k:open_checkpoint(v) for k,v in models.items()}
         self.origin = fit_bases(base, models, len(models), 'all', head=head).add_tasks(scale=0.)
         self.about = about|dict(study='arithmetic', models={k:kept_digest(c)[0] for k,c in opened.items()})
