@@ -51,7 +51,8 @@ def floor(folder, k, out):
 
 def ours(folder, k, out, method, hp):
     "One merge, as a user runs it"
-    from merginguriel.runner import passive_threads
+    from merginguriel.runner import lean_process,passive_threads
+    lean_process()
     passive_threads()
     from merginguriel.merge import merge
     have = sum(o.name.isdigit() for o in folder.iterdir())-1 # More sources than there are: the same files under other names

@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/cli.html.md"""
 # %% auto #0
 __all__ = ['commands', 'required', 'declared', 'template_options', 'command', 'parser', 'parse', 'main', 'demo_command',
            'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command', 'select_command',
-           'merge_command', 'audit_command', 'match_base_command', 'compat_command', 'report_command']
+           'merge_command', 'audit_command', 'match_base_command', 'bases_command', 'compat_command', 'report_command']
 
 # %% ../nbs/69_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. Every word of that help is the comment beside a parameter, here, in
@@ -138,6 +138,7 @@ def main(
     argv=None, # The arguments after `merginguriel`; None: those of the process
 )->int: # Exit code: 0; 1 if an audit found a fault; 2 after an error
     "Run one command"
+    if argv is None: lean_process()
     passive_threads()
     name,*rest = list(sys.argv[1:] if argv is None else argv) or ['']
     if name in ('','-h','--help','--version'):
@@ -253,7 +254,7 @@ def _models(text):
     return dict(sorted(found.items()))
 
 # %% ../nbs/69_cli.ipynb #cf769b67
-@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device'))
+@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device keep_going'))
 def nxn_command(
     models:str, # Folder with one model folder per locale, or en-US=path,de-DE=path
     out:required, # CSV file to write: rows = training locale, columns = test locale, accuracies in [0, 1]
@@ -377,6 +378,58 @@ def match_base_command(
     from merginguriel.base_model import base_info,match_base
     path = match_base(_base(pretrained), reference, **options)
     print(f"{path}\ndrawn from the seed: {', '.join(base_info(path)['initialised']) or 'nothing'}")
+
+# %% ../nbs/69_cli.ipynb #74948017
+_actions = dict(fit='fit_bases n_bases kind seed head exclude', show='', expand='expand task', add_tasks='add_tasks scale head',
+    add_bases='add_bases scale outer head', negate='negate task scale head', add='add name source threshold')
+
+def _action(argv):
+    "The options of an action of `bases`"
+    name = argv[0].replace('-', '_') if argv else ''
+    if name not in _actions: return []
+    f,*params = _actions[name].split() or ['']
+    text = lambda k,comment,default=inspect.Parameter.empty: _option(k, str, default, comment)
+    more = dict(fit=[text('base', "Pretrained base: 'mini', a folder or a hub name"), text('sources', 'Models as en-US=path,de-DE=path, or '
+        'a folder with one model folder each'), text('hp', 'Options of the kind, as by=linkage,inner=ties,density=.2', '')],
+        add_tasks=[text('tasks', 'Tasks, as en-US,de-DE, each with weight 1, or with weights, as en-US=.7,de-DE=.3; without it, all', '')])
+    made = [] if name in ('fit','show') else [text('out', 'Folder to write')]
+    moved = [] if name=='fit' else [text('base', 'The base, where it is not where it was', None)]
+    return (declared(f'bases.{f}', ' '.join(params)) if f else [])+more.get(name, [])+made+moved
+
+@command('bases', _action)
+def bases_command(
+    action:str, # 'fit', 'show', 'expand', 'add-tasks', 'add-bases', 'negate', or 'add', a new task; --help after it shows its options
+    folder:str, # Folder of the bases: written by 'fit', read by the others
+    **options, # Of the action
+):
+    "Keep a few vectors in place of many fine-tuned models, and make models from them"
+    from merginguriel.bases import Bases,fit_bases
+    name,base = action.replace('-', '_'),options.pop('base', None)
+    if name not in _actions: raise ValueError(f"the actions of bases are {', '.join(_actions).replace('_', '-')}; got {action!r}")
+    if name=='fit':
+        options |= _kind_options(options['kind'], options.pop('hp'))
+        b = fit_bases(_base(base), _models(options.pop('sources')), **options)
+        return _print_bases(b, b.save(folder))
+    b = Bases.load(folder, base and _base(base))
+    if name=='show': return _print_bases(b, folder)
+    if name!='add': options |= {'tasks':_tasks(options['tasks'])} if 'tasks' in options else {}
+    out = options.pop('out')
+    if name=='add':
+        print(b.add(**options).round(4).to_string())
+        return print(f"written to {b.save(out)}")
+    print(f"written to {getattr(b, name)(**options, out=out)}")
+
+def _tasks(text): return None if not text else _weights(text) if '=' in text else _split(text)
+
+def _kind_options(kind, text):
+    values = {k:_value(v) for k,v in _pairs(text, 'hp').items()} if text else {}
+    own = {k:values.pop(k) for k in list(values) if kind!='cluster' or k in ('by','inner')}
+    return own|(dict(hp=values) if values else {})
+
+def _print_bases(b, folder):
+    e,s = b.error(),b.storage()
+    print(f"{b}\nlost: {e.error:.4f} of the squared lengths, the least possible {e.bound:.4f}\n"
+        f"stored: {s.bytes:,.0f} bytes, {s.fraction:.3f} of the task vectors\n{folder}")
 
 # %% ../nbs/69_cli.ipynb #cfee16c2
 @command('compat', lambda argv: declared('compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric '

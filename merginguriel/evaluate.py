@@ -15,7 +15,9 @@ with its Wilson interval off them, `nxn` fills the matrix of every model on ever
 tokenized once. Labels of model and data are matched by name. A prediction that failed is an error, never class 0."""
 
 # %% ../nbs/43_evaluate.ipynb #488b3b88
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from weakref import WeakKeyDictionary
 import numpy as np
@@ -183,18 +185,24 @@ def banked(
     tick=lambda name: None, # Called with each name when it is done
 )->dict: # Name -> `Predictions`
     "Predictions of one model for several data sets; the model is loaded only if one of them is missing"
-    folder,loaded,out = resolve_model(model),None,{}
-    digest = model_digest(folder)
+    one,out = _reader(model, bank, device, dtype),{}
     for k,d in datasets.items():
-        key = config_hash(dict(model=digest, data=d._fingerprint, labels=label_names(d), dtype=dtype))
-        path = Path(bank)/f'{key}.npz' if bank else None
-        if path and path.exists(): out[k] = load_predictions(path)
-        else:
-            loaded = loaded or load_classifier(folder)
-            out[k] = predict(loaded[0], d, device=device, dtype=dtype, tokenizer=loaded[1])
-            if path: save_predictions(out[k], path)
+        out[k] = one(d)
         tick(k)
     return out
+
+def _reader(model, bank, device, dtype):
+    "A function from a data set to the predictions of `model`: from the bank, or made and put there"
+    folder = cache(lambda: resolve_model(model))
+    digest,loaded = cache(lambda: model_digest(folder())),cache(lambda: load_classifier(folder()))
+    def one(d):
+        key = config_hash(dict(model=digest(), data=d._fingerprint, labels=label_names(d), dtype=dtype))
+        path = Path(bank)/f'{key}.npz' if bank else None
+        if path and path.exists(): return load_predictions(path)
+        p = predict(loaded()[0], d, device=device, dtype=dtype, tokenizer=loaded()[1])
+        if path: save_predictions(p, path)
+        return p
+    return one
 
 # %% ../nbs/43_evaluate.ipynb #1ebcf908
 def nxn(
@@ -205,12 +213,21 @@ def nxn(
     device:str|None=None, # As for `predict`
     progress:bool=False, # Show a bar of cells
     dtype:str='fp32', # As for `predict`
+    keep_going:bool=False, # Go on after a cell that fails: it is NaN, and `attrs['failed']` and a warning say why
 )->pd.DataFrame: # Accuracy in [0, 1], (source × target)
     "The accuracy of every model on every locale"
     from tqdm.auto import tqdm
-    with tqdm(total=len(models)*len(datasets), disable=not progress, unit='cell', leave=False) as bar:
-        kept = {s:banked(m, datasets, bank, device, dtype, tick=lambda _: bar.update()) for s,m in models.items()}
-    rows = {s:{t:accuracy(p).value for t,p in v.items()} for s,v in kept.items()}
-    m = pd.DataFrame.from_dict(rows, orient='index').rename_axis(index='source', columns='target')
-    m.attrs = dict(split=split)
+    m = pd.DataFrame(np.nan, pd.Index(models, name='source'), pd.Index(datasets, name='target'))
+    failed = {}
+    with tqdm(total=m.size, disable=not progress, unit='cell', leave=False) as bar:
+        for s,model in models.items():
+            one = _reader(model, bank, device, dtype)
+            for t,d in datasets.items():
+                try: m.loc[s,t] = accuracy(one(d)).value
+                except Exception as e: # A cell is a job: its failure is kept with the matrix
+                    if not keep_going: raise
+                    failed[f'{s} on {t}'] = f'{type(e).__name__}: {e}'
+                bar.update()
+    if failed: warnings.warn(f"{len(failed)} of {m.size} cells have no accuracy; {next(iter(failed))}: {next(iter(failed.values()))}")
+    m.attrs = dict(split=split, failed=failed)
     return m

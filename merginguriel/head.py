@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/head.html.md"""
 
 # %% auto #0
 __all__ = ['head_policies', 'align_labels', 'head_reader', 'head_cosine', 'check_heads', 'base_without_head', 'model_kind',
-           'open_base']
+           'open_base', 'some_tensors', 'split_head', 'check_one_head', 'base_view']
 
 # %% ../nbs/19_head.ipynb #cd76fadc
 """A head is not a task vector: its base is drawn at random. Merged, it is a convex mean of the sources' heads, that of the
@@ -63,10 +63,15 @@ def head_cosine(
     read, # From `head_reader`
 )->tuple: # (cosine, name, name)
     "The least cosine between two heads, and which"
-    one = [torch.ones(1, dtype=torch.float64)] # Where the head has no matrix
-    v = [torch.cat([o.double().flatten() for k in keys if (o := read(n, k)).dim()>1] or one) for n in names]
-    v = torch.stack([o/o.norm() for o in v])
-    cos = (v@v.T).fill_diagonal_(2.)
+    g = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for k in keys:
+        v = [read(n, k).flatten() for n in names] if read(names[0], k).dim()>1 else []
+        for x in zip(*(o.split(1<<14) for o in v)): # Few values of many heads at once
+            x = torch.stack(x).double()
+            g += x@x.T
+    if not g.any(): g += 1 # The head has no matrix
+    r = g.diagonal().sqrt()
+    cos = (g/r/r[:,None]).fill_diagonal_(2.)
     i = int(cos.argmin())
     return float(cos.min()),names[i//len(names)],names[i%len(names)]
 
@@ -142,3 +147,48 @@ def open_base(
     say = [f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"]*bool(extra)
     if lack and head!='base' and (extra or drawn): say = [base_without_head(model_kind(folder), lack, extra, found.values(), head, first)]
     return ckpt,view,drawn,say
+
+# %% ../nbs/19_head.ipynb #0f945e6f
+def some_tensors(
+    checkpoint:Checkpoint, # An open checkpoint
+    keys, # Names of some of its tensors
+)->Checkpoint:
+    "`checkpoint` with these tensors only; nothing is read"
+    return Checkpoint(checkpoint.path, {k:checkpoint._entry(k) for k in keys})
+
+def split_head(
+    model, # Folder, file or dictionary of tensors
+    own:bool, # Whether its classifier stays with its task
+    labels=None, # Order of the labels of a shared classifier; None: as it is
+)->tuple: # The open checkpoint, its rows in the order of `labels`, and None; or without the classifier, and that
+    "Open `model`, and take its classifier off if it is its `own`"
+    c = open_checkpoint(model)
+    if own and not (hs := head_keys(c)): raise IncompatibleError(f"{c.path or 'a model in memory'} has no classifier of its own")
+    if own: return some_tensors(c, [k for k in c if k not in hs]),some_tensors(c, hs)
+    folder = model_folder(model)
+    if not labels or folder is None or (named := model_labels(folder))==list(labels): return c,None
+    order = label_permutation(named, labels)
+    turned = {k:Entry(c.dtype(k), c.shape(k), 0, c.read(k)[order]) for k in output_keys(c.keys())}
+    return Checkpoint(c.path, c._entries|turned),None
+
+def check_one_head(
+    models:dict, # Name -> open checkpoint
+    threshold:float=.5, # Cosine below which two classifiers do not belong together
+)->None:
+    "Raise where the classifiers of `models` did not grow from one"
+    if len(models)<2 or not (keys := head_keys(next(iter(models.values())))): return
+    low,a,b = head_cosine(list(models), keys, lambda name,k: models[name].read(k))
+    if low<threshold: raise IncompatibleError(f"the classifiers of {a} and {b} have cosine {low:.3f}: they were trained from different "
+        "initialisations and cannot be added. Keep one for each task with head='own'")
+
+# %% ../nbs/19_head.ipynb #038767aa
+def base_view(
+    base, # Pretrained model: folder, file, hub name, or dictionary of tensors
+    name:str, # What an error calls the model that it must fit
+    spec:dict, # Name -> (dtype, shape) of that model's tensors
+)->tuple: # The open base; its floating-point tensors that `spec` has, under those names
+    "The part of `base` that a model fine-tuned from it has"
+    like = Checkpoint(None, {k:Entry(dt, tuple(shape), 0, None) for k,(dt,shape) in spec.items() if dt.is_floating_point})
+    c,view,*_ = open_base(base, name, like, list(like), 'average')
+    check_tensors({'the base':view, name:like}, keys=list(view))
+    return c,view

@@ -58,7 +58,7 @@ Block = namedtuple('Block', 'key rows start shape') # Tensor name, its rows, fir
 # %% ../nbs/20_merge.ipynb #da538825
 class Methods(Mapping):
     "Merge methods, name -> pure function; the packaged ones are imported at the first look"
-    packaged = ['linear','sparse','adamerging','geometry','drop','statistics','spectral']
+    packaged = ['linear','sparse','adamerging','geometry','drop','statistics','spectral','localize']
     def __init__(self): self._fns,self._traits,self._waiting = {},{},[f'merginguriel.{o}' for o in self.packaged]
     def _load(self):
         while self._waiting:
@@ -369,6 +369,7 @@ def _said(o):
     if isinstance(o, dict) and o and all(isinstance(v, torch.Tensor) for v in o.values()): return dict(digest=open_checkpoint(o).digest())
     if isinstance(o, dict): return {k:_said(v) for k,v in o.items()}
     if isinstance(o, torch.Tensor): return _said({'':o})
+    if hasattr(o, 'digest'): return dict(digest=o.digest())
     return str(o) if isinstance(o, Path) else o
 
 def _record(plan, base, sources):

@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/runner.html.md"""
 
 # %% auto #0
 __all__ = ['templates', 'find_template', 'template_parameters', 'check_parameters', 'check_namespace', 'passive_threads',
-           'run_template', 'last_text']
+           'return_memory', 'lean_process', 'run_template', 'last_text']
 
 # %% ../nbs/52_runner.ipynb #fb1c0574
 """An experiment is a notebook with one cell tagged `parameters`; papermill fills that cell in and executes a copy. The
@@ -16,7 +16,7 @@ that is an error, found by `check_parameters` before a kernel starts and, inside
 notebook was started."""
 
 # %% ../nbs/52_runner.ipynb #25101fb8
-import ast,difflib,inspect,os
+import ast,atexit,difflib,gc,inspect,os
 from pathlib import Path
 from types import ModuleType
 from .core import *
@@ -96,6 +96,19 @@ def check_namespace(
 def passive_threads()->None:
     "Let waiting threads sleep; takes effect if called before torch is imported"
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+# %% ../nbs/52_runner.ipynb #64ad9f53
+def return_memory()->bool: # Whether the C library took it; others than glibc have no such setting
+    "Give freed blocks of 4 MB and more back to the system at once, in this process"
+    import ctypes
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name=='posix' else None
+    return bool(mallopt and mallopt(-3, 4<<20)) # M_MMAP_THRESHOLD
+
+def lean_process()->None:
+    "What a process that is one command can do to start, work and end with less"
+    gc.set_threshold(50_000, 20, 20) # Loading torch makes many objects that stay
+    atexit.register(gc.freeze) # Nothing is left to collect when the process ends
+    return_memory()
 
 # %% ../nbs/52_runner.ipynb #eea75612
 def run_template(

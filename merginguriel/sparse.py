@@ -152,10 +152,10 @@ def disjoint(
 # %% ../nbs/22_sparse.ipynb #cf3124fd
 _Cut = namedtuple('_Cut', 'value limits majority') # limits: for each source (place of the tensor in `scan.keys`, index) or None
 
-def _limits(scan, keys, k):
-    "Where the last of the equal entries that are kept lies; None: all are kept"
+def _limits(scan, keys, k, zeros=False):
+    "Where the last of the equal entries that are kept lies; None: all are kept, or they are 0 and need no limit without `zeros`"
     left,found = k.left.tolist(),[None]*len(k.left)
-    todo = {i for i,(a,b) in enumerate(zip(k.left, k.equal)) if a<b and k.value[i]>0}
+    todo = {i for i,(a,b) in enumerate(zip(k.left, k.equal)) if a<b and (zeros or k.value[i]>0)}
     if not todo: return found
     def equal(block, _, taus): # Where each source has its threshold; None: nowhere, or not looked for
         return block,[i in todo and (t.reshape(-1).abs()==v).nonzero()[:,0] for i,(t,v) in enumerate(zip(taus, k.value))]
@@ -177,14 +177,16 @@ def _given(cut, scan, block):
     return dict(threshold=cut.value, limit=torch.tensor(limit), majority=cut.majority)
 
 # %% ../nbs/22_sparse.ipynb #ceda3a6a
-def _measure(scan, keys, weights, density, trim_rule, zero):
-    n = len(weights)
+def _cut(scan, keys, n, density, trim_rule='exact', zeros=False):
     types = {m.dtype(k) for m in (scan.base,*scan.sources.values()) for k in keys}
     dt = torch.float64 if torch.float64 in types else torch.float32
     count = kept(scan.size(keys), density, trim_rule)
     rows = lambda: (t.reshape(n, -1) for _,_,t in scan(keys))
     k = kth_magnitude(rows, count, n, dt) if count else Kth(*torch.zeros(3, n))
-    cut = _Cut(k.value, _limits(scan, keys, k) if trim_rule=='exact' else [None]*n, None)
+    return _Cut(k.value, _limits(scan, keys, k, zeros) if trim_rule=='exact' else [None]*n, None)
+
+def _measure(scan, keys, weights, density, trim_rule, zero):
+    cut = _cut(scan, keys, len(weights), density, trim_rule)
     if zero!='official': return cut
     signs = 0
     for block,_,taus in scan(keys):

@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'compat', 'report']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'report']
 
 
 @pytest.fixture(scope='session')
@@ -241,6 +241,33 @@ def test_match_base(here, capfd):
     assert (here/'matched/model.safetensors').is_file()
 
 
+def test_bases(here, capfd):
+    "Fit, look at, make models from, and extend by a task"
+    code, out, err = typed('bases fit kept --base base --sources de-DE=models/de-DE,en-US=models/en-US --n-bases 1 --kind pca', capfd)
+    assert code == 0 and err == '' and 'Bases(1 pca and the mean for 2 tasks)' in out and 'lost: 0.0000' in out
+    assert typed('bases show kept', capfd)[1] == out
+    for o in ('expand kept --task de-DE --out a', 'add-tasks kept --tasks de-DE=.5,en-US=.5 --out b', 'add-tasks kept --scale .5 --out c',
+        'negate kept --task en-US --scale .1 --out d', 'add-bases kept --scale .3 --out e', 'add-tasks kept --tasks de-DE,en-US --scale .5 --out f'):
+        assert typed(f'bases {o}', capfd)[:2] == (0, f'written to {o[-1]}\n')
+    from merginguriel.checkpoint import open_checkpoint
+    mean = [open_checkpoint(f'models/{o}').read('classifier.dense.weight') for o in ('de-DE','en-US')]
+    for o in 'bcf': assert abs(open_checkpoint(o).read('classifier.dense.weight')-sum(mean)/2).max() < 1e-6
+    code, out, _ = typed('bases add kept --name sq-AL --source models/sq-AL --out more', capfd)
+    assert code == 0 and 'for 3 tasks' in typed('bases show more', capfd)[1]
+    line = 'bases fit two --base base --sources models --n-bases 2 --kind cluster --hp by=linkage,inner=ties,density=.5'
+    assert typed(line, capfd)[0] == 0 and 'Bases(2 cluster for 3 tasks)' in typed('bases show two', capfd)[1]
+
+
+@pytest.mark.parametrize('action,function,params', [('fit', 'fit_bases', 'n_bases kind seed head exclude'), ('expand', 'expand', 'task'),
+    ('add-tasks', 'add_tasks', 'scale head'), ('add-bases', 'add_bases', 'scale outer head'), ('negate', 'negate', 'task scale head'),
+    ('add', 'add', 'name source threshold')])
+def test_help_of_an_action_of_bases_is_the_comments_of_its_function(action, function, params, capfd):
+    from merginguriel import bases
+    docs = docments(getattr(bases.Bases, function, None) or bases.fit_bases, full=True, returns=False)
+    out = squeezed(typed(f'bases {action} --help', capfd)[1])
+    for k in params.split(): assert f"--{k.replace('_', '-')}" in out and squeezed(docs[k].docment.replace('None:', 'not given:')) in out
+
+
 def test_run_demo_and_report(here, capfd):
     "The main job on toy data: from one line typed to the sentence, and its rows to a table"
     code, out, _ = typed('run exctar --target sq-AL --world toy --k 1 --methods linear --out r', capfd)
@@ -295,7 +322,10 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('audit models/sq-AL --base base --sources models --weights .5,.5', 'one finite number for each of de-DE, en-US, sq-AL'),
     ('audit models/sq-AL --base base --sources models --digests', 'which the merged model does not have'),
     ('audit models/sq-AL --base base --sources models --exclude .', 'leaves none'), ('audit m --base base --source models', 'did you mean --sources?'),
-    ('match-base base absent/m', 'absent/m'), ('report', 'no store at runs/store.sqlite'), ('report --store models', 'models is a folder'),
+    ('match-base base absent/m', 'absent/m'), ('bases shrink kept', 'the actions of bases are fit, show'), ('bases show absent', 'absent'),
+    ('bases fit kept --base base --sources models --n-bases 4', 'from 1 to 3'), ('bases fit kept --base base --sources models --kind nmf', 'kind is one of'),
+    ('bases fit kept --base base --sources models --n-bases 2 --hp step=3', "unexpected keyword argument 'step'"),
+    ('bases fit kept --sources models --n-bases 2', 'required: --base'), ('bases expand kept --task x', 'required: --out'), ('report', 'no store at runs/store.sqlite'), ('report --store models', 'models is a folder'),
     ('report --store models/sq-AL/config.json', 'is not an SQLite file'), ('templates x', 'unrecognized arguments: x')]
 
 @pytest.mark.parametrize('text,said', ERRORS, ids=[o[0] for o in ERRORS])

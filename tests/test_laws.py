@@ -25,7 +25,7 @@ VARIANTS = {'task_arithmetic':[dict(scale=1.)], 'ties':[dict(density=.5, scope='
     'consensus':[dict(k_min=1, lam=.2), dict(k_min=0)],
     'fisher':[dict(floor=0.), dict(normalise=True)], 'regmean':[dict(alpha=1., ridge=0.), dict(alpha=.3)],
     'iso_cts':[dict(common=.5), dict(common=0, scale=.4)], 'wudi':[dict(ridge=0), dict(solve='adam', steps=5, lr=1e-3)], 'actmat':[dict(ridge=0)],
-    'ace':[dict(heterogeneity=0, refine=.5), dict(eps=1e-2, heterogeneity=10.)]}
+    'localize_and_stitch':[dict(density=.3), dict(density=1, keys='all')], 'ace':[dict(heterogeneity=0, refine=.5), dict(eps=1e-2, heterogeneity=10.)]}
 ADAM = {'solve':'adam'} # WUDI by iteration: its steps have one size, and it starts at the sum
 AT_MOST = {'slerp':2} # Sources that a method takes, where there is a limit
 STATISTICS = {'fisher':'information', 'regmean':'grams'} # Methods that need what was measured, and the argument that takes it
@@ -53,7 +53,7 @@ def measures_the_model(method, hp):
     "Whether something is measured over the whole model, by the method or by what it does `then`"
     ps = {k:p.default for k,p in inspect.signature(methods[method]).parameters.items()}|hp
     if 'then' in ps: return measures_the_model(ps['then'], ps['hp'] or {})
-    return bool(methods.traits(method).prepare) and ps.get('scope', 'global' if method in ('lines','fisher') else 'tensor')=='global'
+    return bool(methods.traits(method).prepare) and ps.get('scope', 'global' if method in ('lines','fisher','localize_and_stitch') else 'tensor')=='global'
 
 def given(method, models, folder=None):
     "What `method` cannot do without: made-up statistics of `models`, name -> tensors; as files if there is a `folder`"
@@ -223,7 +223,7 @@ def test_homogeneity(method, hp):
 @cases
 def test_copies_of_one_model(method, hp):
     convex = methods.traits(method).convex and not hp.items()>=ADAM.items() or (method=='task_arithmetic' and hp=={'scale':1.}) or \
-        (method=='ties' and hp=={'density':1})
+        (method in ('ties','localize_and_stitch') and hp.get('density')==1)
     if not convex: pytest.skip('declared: changes the length of a task vector')
     base,sources,w = world()
     one = sources['sq-AL']
