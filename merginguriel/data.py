@@ -38,9 +38,21 @@ def _read_jsonl(path):
             rows.append(row)
     return pd.DataFrame(rows, dtype=object)
 
+@lru_cache(maxsize=1)
+def _parquet(path, mtime, size):
+    "The columns of a Parquet file that are used here; its locales may share one row group, which is read as a whole"
+    import pyarrow.parquet as pq
+    used = {'locale', 'id', *_aliases, *_aliases.values()}
+    return pq.read_table(path, columns=[o for o in pq.read_schema(path).names if o in used])
+
+def _of_locale(path, locale):
+    import pyarrow.compute as pc
+    s = path.stat()
+    return _parquet(str(path), s.st_mtime_ns, s.st_size).filter(pc.field('locale')==locale).to_pandas()
+
 def read_table(
     path:str|Path, # File that ends in .csv, .tsv, .jsonl or .parquet, in UTF-8
-    locale:str=None, # Of a Parquet file with a column `locale`, read these rows only
+    locale:str=None, # Of a Parquet file with a column `locale`, read these rows only, and the columns that MASSIVE has
 )->pd.DataFrame:
     "The rows of `path` as they are written: no string becomes a number or a missing value"
     path = Path(path)
@@ -51,7 +63,7 @@ def read_table(
             if not isinstance(df.index, pd.RangeIndex):
                 raise ValueError("rows have more cells than the header; put texts that hold a comma in quotes")
         elif path.suffix=='.jsonl': df = _read_jsonl(path)
-        elif path.suffix=='.parquet': df = pd.read_parquet(path, filters=locale and [('locale','==',locale)])
+        elif path.suffix=='.parquet': df = _of_locale(path, locale) if locale else pd.read_parquet(path)
         else: raise ValueError(f"files end in {', '.join(_suffixes)}")
     except FileNotFoundError as e: raise MissingDataError(f"there is no file {path}") from e
     except (ValueError,OSError) as e: raise ValueError(f"{path} cannot be read: {e}") from e
@@ -187,7 +199,7 @@ def _massive_file(locale):
         files = {p.stem:p for p in sorted(path.rglob('*.jsonl'))}
         if locale not in files: raise MissingDataError(f"{path} has no {locale}.jsonl; it has {sorted(files)[:60]}")
         path = files[locale]
-    return path,path.stat().st_mtime_ns
+    return path,(path.stat().st_mtime_ns,path.stat().st_size)
 
 @lru_cache(maxsize=64)
 def _massive(locale, path, stamp):
@@ -222,7 +234,7 @@ def _rows(name, locale, split, seed, labels, text_column, label_column):
     if name=='massive':
         df = _massive(check_locale(locale), *_massive_file(locale))
         if not (df.split==split).any(): raise MissingDataError(f"MASSIVE's {locale} has no {split} rows here")
-        return df[df.split==split],sorted(set(df.label)),massive_info
+        return df[df.split==split],sorted(df.label.unique()),massive_info
     df,names = _open(name, text_column, label_column)
     if df.locale.notna().any(): df = df[df.locale==check_locale(locale, sorted(df.locale.unique()))]
     splits = df.split if df.split.notna().any() else df.text.map(lambda o: _deal(o,seed))
@@ -237,7 +249,15 @@ def _ids(values, where):
     if len(set(values))<len(values):
         twice = next(o for o in values if values.count(o)>1)
         raise ValueError(f"{where} has the id {twice!r} twice; results are paired by id, so ids are unique")
-    return [int(o) for o in values] if all(re.fullmatch(r'0|-?[1-9]\d{0,17}', o) for o in values) else values
+    return [int(o) for o in values] if all(map(re.compile(r'0|-?[1-9]\d{0,17}').fullmatch, values)) else values
+
+def _dataset(columns, features, info):
+    "What `Dataset.from_dict` makes of `columns`, fingerprint included, without its walk through every value"
+    import pyarrow as pa
+    from datasets import Dataset,DatasetInfo
+    from datasets.table import InMemoryTable
+    t = pa.table(columns, schema=features.arrow_schema.remove_metadata())
+    return Dataset(InMemoryTable(t), info=DatasetInfo(features=features, **info))
 
 def load_intents(
     name_or_path:str, # 'home', 'massive', 'toy', or the path of a file or folder
@@ -249,7 +269,7 @@ def load_intents(
     label_column:str='label', # Of a file: its column of label names
 ): # `datasets.Dataset` with `text` (str), `label` (`ClassLabel`, names sorted) and `id` (int or str)
     "The labelled texts of one `locale` and `split`"
-    from datasets import ClassLabel,Dataset,DatasetInfo,Features,Value
+    from datasets import ClassLabel,Features,Value
     if split not in ('train','dev','test'): raise ValueError(f"the splits are 'train', 'dev' and 'test'; got {split!r}")
     df,names,info = _rows(name_or_path, locale, split, seed, labels, text_column, label_column)
     if labels is not None:
@@ -260,8 +280,7 @@ def load_intents(
     number = {l:i for i,l in enumerate(names)}
     features = Features({'text':Value('string'), 'label':ClassLabel(names=names),
         'id':Value('int64' if isinstance(ids[0],int) else 'string')})
-    return Dataset.from_dict({'text':df.text.tolist(), 'label':[number[o] for o in df.label], 'id':ids},
-        info=DatasetInfo(features=features, **info))
+    return _dataset({'text':df.text.tolist(), 'label':[number[o] for o in df.label.tolist()], 'id':ids}, features, info)
 
 # %% ../nbs/40_data.ipynb #3384d49b
 def label_names(
