@@ -340,10 +340,11 @@ def merge_command(
 def _print_merge(r): print(f'{r}\n{r.weights.to_string()}\nwritten to {r.path}')
 
 def _merge_recipe(config, out, given, options):
-    from merginguriel.recipe import run_recipe
+    from merginguriel.recipe import recipe_cost,run_recipe
     method = options.pop('method')
     said = [f'--{k}' for k,v in given.items() if v]+['--method']*(method!='linear')
     if said: raise ValueError(f"{config} says what is merged and how; leave out {', '.join(said)}")
+    print(f"{config}: {recipe_cost(config, **{k:options[k] for k in ('head','seed','labels')})}", flush=True)
     r = run_recipe(config, out, **options)
     for o in r.record['notes']: print(f'note: {o}')
     _print_merge(r)

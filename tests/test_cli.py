@@ -196,6 +196,7 @@ def test_merge_from_a_recipe(here, capfd):
     code, out, _ = typed('merge merged --config r.yaml --head best', capfd)
     r = json.loads((here/'merged/merge_record.json').read_text())
     assert code == 0 and 'note: mergekit merges the classifier head' in out and 'ties of 3 sources, head best\n' in out
+    assert out.startswith('r.yaml: reads ') and 'CPU seconds' in out.splitlines()[0]
     assert (r['hyperparameters']['scope'], r['recipe']['merge_method'], r['head']['source']) == ('tensor', 'ties', 'en-US')
     for more, said in [('--base base', 'leave out --base'), ('--method ties --hp density=.1', 'leave out --hp, --method')]:
         assert said in error(f'merge again --config r.yaml {more}', capfd)
