@@ -133,9 +133,13 @@ def main():
         for dt in a.dtypes: table(d, a.k, names, dt, a)
 
 def methods():
-    "Names of all methods"
-    from merginguriel.merge import methods
-    return list(methods)
+    "Names of the methods that need nothing measured and take any number of sources"
+    from merginguriel.merge import check_hyperparameters,methods
+    def ready(m):
+        try: check_hyperparameters(m, {} if methods.traits(m).deterministic else {'seed':0}, 5)
+        except ValueError: return False
+        return True
+    return [m for m in methods if ready(m)]
 
 class _kept(str):
     "A folder that stays"
