@@ -296,7 +296,7 @@ def test_report_averages_seeds(here, capfd):
 # ---- what is wrong with what was typed
 
 ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'), ('run', 'required: template'),
-    ('run extcar', "unknown template 'extcar'; the templates are adamerging, compatibility, exctar, inctar"), ('run none.ipynb', 'there is no notebook none.ipynb'),
+    ('run extcar', "unknown template 'extcar'; the templates are adamerging, bases, bases_text, bases_vision"), ('run none.ipynb', 'there is no notebook none.ipynb'),
     ('run exctar --targt cy-GB', 'unknown option --targt; did you mean --target?'), ('run exctar --n_tran 3', 'did you mean --n-train?'),
     ('run exctar --k three', "argument --k: invalid int value: 'three'"), ('run --target cy-GB exctar', 'unknown option --target'),
     ('finetune --out m', 'required: --locale'), ('finetune --locale cy-GB --out m --epoch 1', 'did you mean --epochs?'),
