@@ -40,9 +40,14 @@ def prepare(folder, k):
             for n in c: w.write(n, c.read(n).to(torch.bfloat16))
 
 
+def models(folder, k):
+    "Folders of `k` sources; where there are fewer, the same ones under other names"
+    have = sum(o.name.isdigit() for o in folder.iterdir())-1
+    return [folder/str(i%have+1) for i in range(k)]
+
 def floor(folder, k, out):
     "Map and sum K + 1 files, write one"
-    files = [folder/str(i)/'model.safetensors' for i in range(k+1)]
+    files = [o/'model.safetensors' for o in (folder/'0', *models(folder, k))]
     maps = [np.memmap(f, dtype=np.uint64, mode='r', offset=8, shape=(os.path.getsize(f)-8)//8) for f in files]
     with open(out, 'wb') as f:
         for a in range(0, len(maps[0]), 1<<17):
@@ -55,8 +60,7 @@ def ours(folder, k, out, method, hp):
     lean_process()
     passive_threads()
     from merginguriel.merge import merge
-    have = sum(o.name.isdigit() for o in folder.iterdir())-1 # More sources than there are: the same files under other names
-    merge(folder/'0', {f's{i}':folder/str(i%have+1) for i in range(k)}, out, method, **hp)
+    merge(folder/'0', {f's{i}':o for i,o in enumerate(models(folder, k))}, out, method, **hp)
 
 def recipe(method, folder, k):
     "The same merge as a configuration of mergekit"
@@ -129,9 +133,13 @@ def main():
         for dt in a.dtypes: table(d, a.k, names, dt, a)
 
 def methods():
-    "Names of all methods"
-    from merginguriel.merge import methods
-    return list(methods)
+    "Names of the methods that need nothing measured and take any number of sources"
+    from merginguriel.merge import check_hyperparameters,methods
+    def ready(m):
+        try: check_hyperparameters(m, {} if methods.traits(m).deterministic else {'seed':0}, 5)
+        except ValueError: return False
+        return True
+    return [m for m in methods if ready(m)]
 
 class _kept(str):
     "A folder that stays"
