@@ -31,7 +31,7 @@ from .localize import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/65_arithmetic.ipynb #afc063f6
+# %% ../nbs/65_arithmetic.ipynb #b4b19842
 class Arithmetic:
     "A base, fine-tuned models of T tasks, and how they are scored"
     def __init__(self,
@@ -43,15 +43,14 @@ class Arithmetic:
         where:str='en-US', # What the store calls the locale of the scores
         **about, # What else the scores depend on, e.g. data set and sizes: plain values
     ):
-        self.base,self.score,self.head,self.where,self.store,self.names = base,score,head,where,Store(store),list(models)
+        self.score,self.head,self.where,self.store,self.names = score,head,where,Store(store),list(models)
         opened = {k:open_checkpoint(v) for k,v in models.items()}
         self.origin = fit_bases(base, models, len(models), 'all', head=head).add_tasks(scale=0.)
         self.about = about|dict(study='arithmetic', models={k:kept_digest(c)[0] for k,c in opened.items()})
         self.about['base'] = open_checkpoint(self.origin).digest()
         self.still = {k:v for k,v in self.origin.items() if all(torch.equal(v, c.read(k, copy=False)) for c in opened.values())}
         self.models = {t:some_tensors(c, [k for k in c if k not in self.still]) for t,c in opened.items()}
-        self.origin = {k:v for k,v in self.origin.items() if k not in self.still}
-        self.base = self.origin if self.still else base # A base whose tensors the models lack would be refused
+        self.base = self.origin = {k:v for k,v in self.origin.items() if k not in self.still}
         self.whole = fit_bases(self.base, self.models, len(models), 'all', head=head)
         d = self.store.scores()
         self.known,self.fits = dict(zip(zip(d.hash, d.name, d.split), d.value)),{}
