@@ -340,5 +340,5 @@ def plot_over_seeds(
         ax.axhline(v, color='k', lw=.8, ls=':')
         ax.annotate(k, (1, v), xycoords=('axes fraction','data'), xytext=(2, 0), textcoords='offset points', fontsize=7, va='center')
     ax.set(xlabel='number of bases', ylabel='accuracy / own model', xticks=sorted(set(means.index.get_level_values(-1))))
-    ax.legend(frameon=False, fontsize=7, ncol=2)
+    ax.legend(frameon=False, fontsize=7, ncol=4, loc='upper center', bbox_to_anchor=(.5,-.15))
     return ax

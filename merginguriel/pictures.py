@@ -269,6 +269,6 @@ def plot_tasks(
             x = t.pixels('train', [i])[0]
             ax.imshow(x.permute(1, 2, 0)*.5+.5 if len(x)==3 else x[0], cmap='gray', vmin=-1, vmax=1)
             ax.set(xticks=[], yticks=[])
-            ax.set_title(t.names[t.labels('train')[i]], fontsize=5, pad=1.5)
+            ax.set_title(t.names[t.labels('train')[i]][:9], fontsize=5, pad=1.5)
         row[0].set_ylabel(k, rotation=0, ha='right', va='center', fontsize=7)
     return fig
