@@ -32,6 +32,7 @@ from .data import _massive_file,_deal
 from .mini import *
 from .train import *
 from .evaluate import *
+from .text_masks import *
 
 # %% ../nbs/64_tasks.ipynb #cdb9d238
 def _dataset(rows, labels):
@@ -313,24 +314,14 @@ def learn_task_masks(
     shots:int=64, # Training texts of each label
     seed:int=0, # Of their draw
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
-    **options, # Of `learn_masks`
+    **options, # Of `learn_text_masks`
 )->Masks:
     "The changes that each task needs, learned from some of its training texts"
     digests = {k:open_checkpoint(v).digest() for k,v in models.items()}
     folder = Path(out)/config_hash([digests, {k:d['train']._fingerprint for k,d in tasks.items()}, shots, seed, options])
     if folder.is_dir(): return Masks.load(folder)
-    loaded = {k:load_classifier(v, 0.) for k,v in models.items()}
-    batches = {k:_labelled(few_shot(d['train'], shots, seed), *loaded[k]) for k,d in tasks.items()}
-    device = pick_device(device)
-    masks = learn_masks({k:m.to(device).eval() for k,(m,_) in loaded.items()}, base, models, batches, **options)
-    masks.save(folder)
-    return masks
-
-def _labelled(data, model, tok, batch_size=64):
-    ids,y = tokenize(data, tok, text_limit(model)),torch.tensor(data['label'][:])
-    order = np.argsort([len(o) for o in ids], kind='stable')
-    cut = [order[i:i+batch_size] for i in range(0, len(ids), batch_size)]
-    return [pad([ids[i] for i in b], tok.pad_token_id)|dict(labels=y[torch.from_numpy(b)]) for b in cut]
+    data = {k:few_shot(d['train'], shots, seed) for k,d in tasks.items()}
+    return learn_text_masks(base, models, data, folder, n=0, seed=seed, device=device, **options)
 
 # %% ../nbs/64_tasks.ipynb #a6c83e16
 class TextScores:
