@@ -84,7 +84,7 @@ def mean_gains(
     rng,rows = np.random.default_rng(0),[]
     for (a,b),d in gains.groupby(['a','b'], sort=False):
         x = d.gain.to_numpy(float)
-        low,high = np.quantile(x[rng.integers(0, len(x), (n,len(x)))].mean(1), [.025,.975])
+        low,high = mean_interval(x, n, rng)
         rows.append(dict(a=a, b=b, gain=x.mean(), low=low, high=high, p=wilcoxon(d.gain, 0*d.gain).p,
             better=(d.verdict=='better').sum(), worse=(d.verdict=='worse').sum(), targets=len(x)))
     df = pd.DataFrame(rows)

@@ -29,6 +29,7 @@ from .head import *
 from .bases import *
 from .localize import *
 from .evaluate import *
+from .significance import *
 from .store import *
 
 # %% ../nbs/65_arithmetic.ipynb #b4b19842
@@ -298,7 +299,7 @@ def mean_over_tasks(
     out = []
     for k,d in rows.groupby(list(by), sort=False):
         x = d.groupby('task')[value].mean().to_numpy()
-        low,high = np.quantile(x[np.random.default_rng(0).integers(0, len(x), (n,len(x)))].mean(1), [.025,.975])
+        low,high = mean_interval(x, n)
         out.append(dict(zip(by, k))|dict(mean=x.mean(), low=low, high=high, tasks=len(x)))
     return pd.DataFrame(out).set_index(list(by))
 

@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/significance.html.md"""
 
 # %% auto #0
 __all__ = ['correctness', 'paired_runs', 'McNemar', 'mcnemar', 'minimum_detectable_effect', 'Bootstrap', 'paired_bootstrap',
-           'holm', 'benjamini_hochberg', 'compare', 'plot_differences', 'SignedRank', 'wilcoxon']
+           'holm', 'benjamini_hochberg', 'compare', 'plot_differences', 'SignedRank', 'wilcoxon', 'mean_interval']
 
 # %% ../nbs/44_significance.ipynb #4c751d34
 """Two models answer the same items, so the items on which both are right, or both wrong, say nothing about their
@@ -282,3 +282,14 @@ def wilcoxon(
         raise ValueError(f"every locale needs both accuracies; missing for {list(d.index[d.isna()])}")
     p = float(stats.wilcoxon(d).pvalue) if d.any() else 1.
     return SignedRank(int((d!=0).sum()), float(d.mean()), float(d.median()), p)
+
+# %% ../nbs/44_significance.ipynb #42092c00
+def mean_interval(
+    x, # Values, (items,), or (items, columns) for an interval of each column
+    n:int=10000, # Resamples
+    rng=None, # NumPy generator; None: one of seed 0
+)->np.ndarray: # Low and high, (2,) or (2, columns)
+    "95 % interval of the mean of `x`, resampling its items"
+    x,rng = np.asarray(x, dtype=float),np.random.default_rng(0) if rng is None else rng
+    if not len(x): raise ValueError("there is nothing to average")
+    return np.quantile(x[rng.integers(0, len(x), (n,len(x)))].mean(1), [.025,.975], axis=0)

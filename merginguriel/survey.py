@@ -23,6 +23,7 @@ import pandas as pd
 from .merge import *
 from .trials import *
 from .measure import *
+from .significance import *
 from .experiment import *
 from .across import *
 from .report import *
@@ -93,8 +94,7 @@ def regrets(
     "What is lost on average by always taking one method, and by choosing by the other targets; 95 % intervals over targets"
     loss = accuracies.rsub(accuracies.max(axis=1), axis=0).rename(columns='always {}'.format)
     loss['best of the others'] = choice_by_others(accuracies).regret
-    at = np.random.default_rng(0).integers(0, len(loss), (n,len(loss)))
-    low,high = np.quantile(loss.to_numpy()[at].mean(1), [.025,.975], axis=0)
+    low,high = mean_interval(loss, n)
     return pd.DataFrame(dict(regret=loss.mean(), low=low, high=high)).sort_values('regret', kind='stable')
 
 # %% ../nbs/63_survey.ipynb #8fa8f86b
