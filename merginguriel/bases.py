@@ -37,7 +37,7 @@ from .head import *
 from .merge import *
 from .merge import _check_arguments
 from .sparse import *
-from .sparse import _given,_measure,_one_of
+from .sparse import _cut,_given,_one_of
 
 # %% ../nbs/26_bases.ipynb #3c63aef0
 _all_ = ['choose_scale','choose_forgetting','keep_good','majority_accuracy'] # Of `validation`, for whoever imports this module
@@ -72,19 +72,21 @@ def _signs(seed, m): return lambda block, b: torch.from_numpy(
     random_signs(derive_seed(seed, 'basis', m, block.key), block.start, b.numel())).to(b.dtype).view(b.shape)
 def _size(n): return min(1<<17, max(1<<12, (1<<21)//n)) # Values in a block, for n vectors
 
+def _merger(method, hp, scan, names): # The merge of `names`, as a function of block, base and vectors
+    t = methods.traits(method)
+    w = torch.tensor(check_weights(names, None, t.default).values)
+    given = t.prepare(scan, names, w, **hp) if t.prepare else lambda block: {}
+    return lambda block,b,taus: methods[method](torch.zeros_like(b), taus, w.to(b.dtype), **hp, **given(block))
+
 def _grouped(p, parts, method, hp):
     "Task vectors merged by `method`"
     read = [_tau(c) for c in parts.values()]
     if len(read)==1: return read[0]
     scan,n = Scan(p.view, parts, p.keys, _size(len(read))),len(read)
     if method=='topk':
-        cut = _measure(scan, scan.keys, torch.ones(n), hp['density'], 'exact', 'drop')
-        f = lambda block,b,taus: trim(taus, hp['density'], **{k:v for k,v in _given(cut, scan, block).items() if k!='majority'}).mean(0)
-    else:
-        t = methods.traits(method)
-        w = torch.tensor(check_weights(parts, None, t.default).values)
-        given = t.prepare(scan, list(parts), w, **hp) if t.prepare else lambda block: {}
-        f = lambda block,b,taus: methods[method](torch.zeros_like(b), taus, w.to(b.dtype), **hp, **given(block))
+        cut = _cut(scan, scan.keys, n, hp['density'])
+        f = lambda block,b,taus: trim(taus, hp['density'], **_given(cut, scan, block)).mean(0)
+    else: f = _merger(method, hp, scan, list(parts))
     return lambda block,b: f(block, b, torch.stack([r(block, b) for r in read]))
 
 # %% ../nbs/26_bases.ipynb #ed88c4b1
@@ -311,10 +313,9 @@ def _outer(self:Bases, weights, outer, hp):
         else: w = size_weights(self.clusters) if outer=='size_weighted' else np.full(m, 1. if outer=='task_arithmetic' else 1/m)
         return self._sum(np.append(w, np.zeros(int(self.offset))))
     if weights is not None: raise ValueError(f"outer={outer!r} takes no weights")
-    hp,t,scan = _checked_merge(outer, hp, m),methods.traits(outer),_Stored(self)
-    w = torch.tensor(check_weights(range(m), None, t.default).values)
-    given = t.prepare(scan, [str(i) for i in range(m)], w, **hp) if t.prepare else lambda block: {}
-    return lambda block,b: methods[outer](torch.zeros_like(b), scan.read(block, b), w.to(b.dtype), **hp, **given(block))
+    hp,scan = _checked_merge(outer, hp, m),_Stored(self)
+    f = _merger(outer, hp, scan, [str(i) for i in range(m)])
+    return lambda block,b: f(block, b, scan.read(block, b))
 
 # %% ../nbs/26_bases.ipynb #244a242c
 @patch

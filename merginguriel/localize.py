@@ -99,7 +99,7 @@ def _bodies(base, sources, keys='all', max_elements=1<<17):
     scan.body = body # What the base has, in scope or not
     return scan
 
-def _threshold(cut, scan, block): return {k:v for k,v in _given(cut, scan, block).items() if k!='majority'}
+def _shapes(scan): return {k:tuple(scan.base.shape(k)) for k in scan.keys}
 
 def _packed(mask, start):
     "Bits of values that begin at `start`, the first byte filled up with zeros in front"
@@ -117,9 +117,9 @@ def localize(
     "The `density` largest changes of each source"
     scan = _bodies(base, sources, keys, max_elements)
     cut = _cut(scan, scan.keys, len(sources), density, zeros=True)
-    shapes = {k:tuple(scan.base.shape(k)) for k in scan.keys}
+    shapes = _shapes(scan)
     bits = {k:np.zeros((len(sources),-(-math.prod(s)//8)), np.uint8) for k,s in shapes.items()}
-    work = lambda block, _, taus: (block,_packed(largest(taus, density, **_threshold(cut, scan, block)), block.start))
+    work = lambda block, _, taus: (block,_packed(largest(taus, density, **_given(cut, scan, block)), block.start))
     with one_thread():
         for block,p in scan.map(work): bits[block.key][:,block.start//8:block.start//8+p.shape[1]] |= p
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
@@ -148,8 +148,6 @@ def _owned(masks, names, shapes):
         return torch.from_numpy(masks.read(block.key, block.start, math.prod(shape), names)).view(len(names), *shape)
     return read
 
-def _shapes(scan): return {k:tuple(scan.base.shape(k)) for k in scan.keys}
-
 # %% ../nbs/27_localize.ipynb #8a3b9b6d
 def _prepare(scan, names, weights, density, keys, masks):
     if masks is not None:
@@ -157,7 +155,7 @@ def _prepare(scan, names, weights, density, keys, masks):
         return lambda block: dict(owned=owned(block))
     scope = mask_scope(scan.keys, keys)
     cut,none,scope = _cut(scan, scope, len(names), density, zeros=True),dict(threshold=torch.full((len(names),), math.inf)),set(scope)
-    return lambda block: _threshold(cut, scan, block) if block.key in scope else none
+    return lambda block: _given(cut, scan, block) if block.key in scope else none
 
 @register(prepare=_prepare, given=('threshold','limit','owned'), homogeneous=True, scale_free=True)
 def localize_and_stitch(

@@ -170,11 +170,12 @@ def _limits(scan, keys, k, zeros=False):
     return found
 
 def _given(cut, scan, block):
-    "`threshold`, `limit` and `majority` for one block"
-    if not any(cut.limits): return dict(threshold=cut.value, majority=cut.majority)
+    "`threshold`, and `limit` and `majority` where there are any, for one block"
+    out = dict(threshold=cut.value) | ({} if cut.majority is None else dict(majority=cut.majority))
+    if not any(cut.limits): return out
     at,m = scan.keys.index(block.key),math.prod(block.shape)
     limit = [m if o is None or at<o[0] else 0 if at>o[0] else o[1]-block.start for o in cut.limits]
-    return dict(threshold=cut.value, limit=torch.tensor(limit), majority=cut.majority)
+    return out|dict(limit=torch.tensor(limit))
 
 # %% ../nbs/22_sparse.ipynb #ceda3a6a
 def _cut(scan, keys, n, density, trim_rule='exact', zeros=False):
@@ -190,8 +191,7 @@ def _measure(scan, keys, weights, density, trim_rule, zero):
     if zero!='official': return cut
     signs = 0
     for block,_,taus in scan(keys):
-        o = _given(cut, scan, block)
-        signs += elect(trim(taus, threshold=o['threshold'], limit=o.get('limit')), weights.to(taus.dtype)).sum()
+        signs += elect(trim(taus, **_given(cut, scan, block)), weights.to(taus.dtype)).sum()
     return cut._replace(majority=signs)
 
 def _prepare(scan, names, weights, density, trim_rule, scope, zero, **hp):
