@@ -343,11 +343,10 @@ class _Learner:
 def _learn(w, batches):
     "Learn the scores; records of the epochs"
     o,log,size = w.o,[],w.scan.size()
+    over = lambda f: sum(float(f(c).sum(dtype=torch.float64)) for s in w.scores.values() for c in s.split(1<<20))/size
     for epoch in range(o.epochs):
         w.write(torch.sigmoid)
-        row = dict(source=w.name, epoch=epoch, loss=w.backward(batches))
-        log.append(row|dict(mean=sum(float(s.sigmoid().sum(dtype=torch.float64)) for s in w.scores.values())/size,
-            density=sum(int((s>0).sum()) for s in w.scores.values())/size))
+        log.append(dict(source=w.name, epoch=epoch, loss=w.backward(batches), mean=over(torch.sigmoid), density=over(lambda c: c>0)))
         w.step()
     m = w.mask()
     changed,left = sum(int((m[k].view(-1)!=v).sum()) for k,v in w.start.items()),sum(int(v.sum()) for v in m.values())
