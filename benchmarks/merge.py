@@ -14,7 +14,8 @@ import numpy as np
 # What is run: name -> (method, hyperparameters, number of sources or None for K)
 ROWS = dict(linear=('linear',{},None), task_arithmetic=('task_arithmetic',{},None), ties=('ties',{},None),
     ties_tensor=('ties',dict(scope='tensor'),None), dare=('dare',dict(drop=.8),None), breadcrumbs=('breadcrumbs',{},None),
-    slerp=('slerp',{},2))
+    slerp=('slerp',{},2), localize_and_stitch=('localize_and_stitch',{},None),
+    localize_and_stitch_all=('localize_and_stitch',dict(keys='all'),None)) # With the embeddings, which are two thirds of the values
 MERGEKIT = dict(linear='linear', task_arithmetic='task_arithmetic', ties='ties', dare='dare_linear', slerp='slerp',
     breadcrumbs='breadcrumbs') # Its `ties` trims each tensor by itself, ours the whole model
 

@@ -66,9 +66,12 @@ def largest(
         threshold = k.value.to(size.device)
         limit = torch.stack([(o==v).nonzero()[i-1,0]+1 for o,v,i in zip(size, threshold, k.left)])
     if threshold is None: return torch.zeros_like(taus, dtype=torch.bool)
-    equal = size==threshold[:,None]
-    for o,n in zip(equal, [] if limit is None else limit.tolist()): o[max(0, n):] = False
-    return equal.logical_or_(size>threshold[:,None]).view_as(taus)
+    out = torch.empty(size.shape, dtype=torch.bool, device=size.device)
+    for o,x,t,n in zip(out, size, threshold.split(1), [len(size[0])]*len(size) if limit is None else limit.tolist()):
+        n = max(0, n)
+        torch.ge(x[:n], t, out=o[:n])
+        torch.gt(x[n:], t, out=o[n:])
+    return out.view_as(taus)
 
 # %% ../nbs/27_localize.ipynb #41fb86bb
 def coverage(
@@ -173,9 +176,13 @@ def localize_and_stitch(
     if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
     if masks is not None: _check_masks(masks)
     if owned is None: owned = largest(taus, density, threshold, limit)
-    total = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
-    for share,tau in zip(coverage(owned, weights), taus): total.addcmul_(share, tau.double())
-    return base+total.to(base.dtype)
+    if not owned.any(): return base.clone()
+    if (weights==weights[0]).all(): weights = torch.ones_like(weights)
+    total,share = torch.zeros(2, *base.shape, dtype=torch.float64, device=base.device)
+    for m,tau,w in zip(owned, taus, weights.tolist()):
+        total.add_(torch.where(m, tau, 0.), alpha=w)
+        share.add_(m, alpha=w)
+    return base+total.div_(share.masked_fill_(share==0, 1)).to(base.dtype)
 
 # %% ../nbs/27_localize.ipynb #7658d92c
 def stitch(
@@ -334,11 +341,10 @@ class _Learner:
 def _learn(w, batches):
     "Learn the scores; records of the epochs"
     o,log,size = w.o,[],w.scan.size()
+    over = lambda f: sum(float(f(c).sum(dtype=torch.float64)) for s in w.scores.values() for c in s.split(1<<20))/size
     for epoch in range(o.epochs):
         w.write(torch.sigmoid)
-        row = dict(source=w.name, epoch=epoch, loss=w.backward(batches))
-        log.append(row|dict(mean=sum(float(s.sigmoid().sum(dtype=torch.float64)) for s in w.scores.values())/size,
-            density=sum(int((s>0).sum()) for s in w.scores.values())/size))
+        log.append(dict(source=w.name, epoch=epoch, loss=w.backward(batches), mean=over(torch.sigmoid), density=over(lambda c: c>0)))
         w.step()
     m = w.mask()
     changed,left = sum(int((m[k].view(-1)!=v).sum()) for k,v in w.start.items()),sum(int(v.sum()) for v in m.values())
