@@ -4,7 +4,8 @@
     python benchmarks/trials.py --dataset massive        # MASSIVE's 2,974 test utterances
 
 The models are the mini base with a head and noise of its own for each source, as large as fine-tuning makes it; what they answer does
-not matter here. *passes* is the same classifier run on the same tokenized texts without a merge. The rows take turns."""
+not matter here. *passes* is the same classifier run on the same tokenized texts without a merge. The rows take turns, and every turn
+has other weights, so that only what does not depend on weights is there from the turn before; `--fresh` keeps nothing between merges."""
 import argparse,platform,statistics,sys,tempfile,time
 from pathlib import Path
 import torch
@@ -43,13 +44,15 @@ def main():
     p.add_argument('--locale', default='vi-VN', help='locale of the texts')
     p.add_argument('--turns', type=int, default=5, help='turns of each row')
     p.add_argument('--methods', nargs='+', default=None, help='methods; all that need no measurement if not given')
+    p.add_argument('--fresh', action='store_true', help='keep nothing between merges')
     a = p.parse_args()
     torch.set_num_threads(1)
     data = load_intents(a.dataset, a.locale, 'test')
     with tempfile.TemporaryDirectory() as d:
         start = add_head(mini_path(), label_names(data), seed=0)
         paths = sources(start, Path(d), a.k)
-        t = Trials(start, paths, data)
+        t = Trials(start, paths, data, keep=not a.fresh)
+        weights = torch.rand(a.turns, a.k, generator=torch.Generator().manual_seed(0)).add(.5)
         model,tok = load_classifier(paths['m0'])
         passes = lambda: predict(model, data, device='cpu', tokenizer=tok)
         rows = {}
@@ -58,9 +61,9 @@ def main():
             except (ValueError,TypeError,KeyError) as e: print(f'{m} left out: {str(e)[:90]}', file=sys.stderr)
         passes()
         floor = []
-        for _ in range(a.turns):
+        for w in weights.tolist():
             floor.append(cpu(passes))
-            for m,r in rows.items(): r.append(cpu(lambda: t.accuracy(m)))
+            for m,r in rows.items(): r.append(cpu(lambda: t.accuracy(m, w)))
         base = statistics.median(floor)
         print(f'{len(data)} texts of {a.locale} ({a.dataset}), K = {a.k}, 1 thread, median of {a.turns} turns; Python '
             f'{platform.python_version()}, PyTorch {torch.__version__.split("+")[0]}\n\n| what | CPU s | ÷ passes | in each turn |\n|---|---|---|---|')

@@ -65,6 +65,7 @@ class Dropped:
         drop, # (taus, block) -> taus
     ): self.scan,self.drop = scan,drop
     def __getattr__(self, name): return getattr(self.scan, name)
+    keep = lambda self,key,f: f() # What is kept is of the sources' own task vectors
     max_elements = property(lambda self: self.scan.max_elements, lambda self,m: setattr(self.scan, 'max_elements', m))
     def map(self,
         f, # Function of (`Block`, base, taus)

@@ -157,7 +157,8 @@ def _prepare(scan, names, weights, density, keys, masks):
         owned = _owned(masks, names, _shapes(scan))
         return lambda block: dict(owned=owned(block))
     scope = mask_scope(scan.keys, keys)
-    cut,none,scope = _cut(scan, scope, len(names), density, zeros=True),dict(threshold=torch.full((len(names),), math.inf)),set(scope)
+    cut = scan.keep(('localize', *names, density, *scope), lambda: _cut(scan, scope, len(names), density, zeros=True))
+    none,scope = dict(threshold=torch.full((len(names),), math.inf)),set(scope)
     return lambda block: _given(cut, scan, block) if block.key in scope else none
 
 @register(prepare=_prepare, given=('threshold','limit','owned'), homogeneous=True, scale_free=True)
@@ -175,6 +176,7 @@ def localize_and_stitch(
     "Take the values that a source owns from it, their mean where several do, and the base elsewhere"
     if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
     if masks is not None: _check_masks(masks)
+    if threshold is not None and no_change(taus): return base.clone()
     if owned is None: owned = largest(taus, density, threshold, limit)
     if not owned.any(): return base.clone()
     if (weights==weights[0]).all(): weights = torch.ones_like(weights)

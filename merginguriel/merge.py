@@ -144,6 +144,8 @@ def check_hyperparameters(
     return hp
 
 # %% ../nbs/20_merge.ipynb #9594980d
+def _fresh(key, f): return f()
+
 class Scan:
     "Base and sources, walked through as often as needed; `scan(keys)` yields (`Block`, base, taus)"
     def __init__(self,
@@ -151,7 +153,8 @@ class Scan:
         sources:dict, # Name -> open `Checkpoint`
         keys:list, # Tensors to merge, sorted
         max_elements, # Values in a block; None: whole tensors
-    ): self.base,self.sources,self.keys,self.max_elements,self.walked = base,sources,keys,max_elements,0
+        keep=_fresh, # Function of (key, f): what `f` returns, now or where `key` was seen before
+    ): self.base,self.sources,self.keys,self.max_elements,self.keep,self.walked = base,sources,keys,max_elements,keep,0
     def __call__(self,
         keys=None, # Some of the tensors; None: all
     ):
@@ -204,7 +207,7 @@ def _check_arguments(base, sources, method, head):
         raise ValueError(f"{method} with head={head!r} needs a base; got None")
 
 # %% ../nbs/20_merge.ipynb #72191975
-def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp):
+def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp, keep=_fresh):
     _check_arguments(base, sources, method, head)
     t = methods.traits(method)
     all_weights = check_weights(sources, weights, t.default, t.negative)
@@ -213,7 +216,7 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
     opened,first = {k:open_checkpoint(v) for k,v in sources.items()},_heaviest(w)
     floats,used = check_tensors(opened),{k:opened[k] for k in w.index}
     p = SimpleNamespace(method=method, hp=hp, head=head, all_weights=all_weights, weights=w, first=first, opened=opened,
-        sources=used, base=None, base_file=None, max_elements=max_elements if t.elementwise else None, warnings=[])
+        sources=used, base=None, base_file=None, keep=keep, max_elements=max_elements if t.elementwise else None, warnings=[])
     heads = set(head_keys(floats))
     if base is not None:
         p.base_file,p.base,drawn,p.warnings = open_base(base, first, used[first], floats, head)
@@ -265,7 +268,7 @@ def _coefficients(plan):
 # %% ../nbs/20_merge.ipynb #1948d5ff
 def _method_blocks(plan):
     fn,t = methods[plan.method],methods.traits(plan.method)
-    scan = plan.scan = Scan(plan.base, plan.sources, plan.body, plan.max_elements)
+    scan = plan.scan = Scan(plan.base, plan.sources, plan.body, plan.max_elements, plan.keep)
     w = torch.tensor(plan.weights.values)
     given = t.prepare(scan, list(plan.sources), w, **plan.hp) if t.prepare else lambda block: {}
     def work(block, b, taus):
@@ -304,10 +307,11 @@ def merge_state_dicts(
     allow_mixed_heads:bool=False, # Average heads of different initialisations all the same
     allow_generic:bool=False, # Compare placeholder labels with names by number
     max_elements:int|None=1<<17, # Values in a block; None: whole tensors
+    keep=_fresh, # `Kept` of these models saves further merges what does not depend on their weights; as it is, nothing is kept
     **hp, # Hyperparameters of the method
 )->dict: # Name -> new tensor, in the type of the sources
     "Merge models in memory; the inputs are not changed"
-    plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp)
+    plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp, keep)
     out = {k:torch.empty(plan.sources[plan.first].shape(k), dtype=dt) for k,dt in plan.dtypes.items()}
     with _threads(plan):
         for k,rows,t in _merged(plan): out[k][... if rows is None else rows] = t

@@ -195,9 +195,10 @@ def _measure(scan, keys, weights, density, trim_rule, zero):
     return cut._replace(majority=signs)
 
 def _prepare(scan, names, weights, density, trim_rule, scope, zero, **hp):
-    cuts = {}
-    for keys in [scan.keys] if scope=='global' else [[k] for k in scan.keys]:
-        cuts |= dict.fromkeys(keys, _measure(scan, keys, weights, density, trim_rule, zero))
+    def measured():
+        parts = [scan.keys] if scope=='global' else [[k] for k in scan.keys]
+        return {k:cut for keys in parts for cut in [_measure(scan, keys, weights, density, trim_rule, zero)] for k in keys}
+    cuts = measured() if zero=='official' else scan.keep(('ties', *names, density, trim_rule, scope), measured) # Signs need the weights
     return lambda block: _given(cuts[block.key], scan, block)
 
 # %% ../nbs/22_sparse.ipynb #011db883

@@ -102,12 +102,20 @@ def polar(
 # %% ../nbs/23_spectral.ipynb #6148efb5
 _matrix_method = dict(elementwise=False, prepare=_prepare, given=('matrix',), scale_free=True)
 
-@register(**_matrix_method, homogeneous=True)
+def _leading_of(i, tau, k): return triples(tau, k)
+
+def _prepare_leading(scan, names, weights, **hp):
+    given = _prepare(scan, names, weights, **hp)
+    def kept(key): return lambda i, tau, k: scan.keep(('triples', key, names[i], k), lambda: triples(tau, k))
+    return lambda block: given(block)|dict(leading=kept(block.key))
+
+@register(**_matrix_method|dict(prepare=_prepare_leading, given=('matrix','leading')), homogeneous=True)
 @delegates(as_matrices)
 def tsv_m(
     base:Tensor, # Base values, (*shape)
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, 0 or more, (n,); only ratios matter
+    leading=_leading_of, # From `merge`: leading triples by number of the source, task vector and k, kept between merges
     **kwargs, # Those of `as_matrices`
 )->Tensor: # (*shape)
     "Keep the leading singular triples of each task vector, and turn them apart"
@@ -115,8 +123,9 @@ def tsv_m(
     if not matrix: return _mean(base, taus, weights)
     taus,times = _used(taus, weights)
     k = max(1, min(base.shape)//len(taus))
-    u,s,v = zip(*(triples(t*tau, k) for t,tau in zip(times, taus)))
-    return _result(base, polar(torch.cat(u, 1))[0]*torch.cat(s)@polar(torch.cat(v, 1))[0].T, scale)
+    u,s,v = zip(*(leading(i, tau, k) for i,tau in enumerate(taus)))
+    s = torch.cat([t*o for t,o in zip(times, s)])
+    return _result(base, polar(torch.cat(u, 1))[0]*s@polar(torch.cat(v, 1))[0].T, scale)
 
 # %% ../nbs/23_spectral.ipynb #445496c1
 @register(**_matrix_method, homogeneous=True)

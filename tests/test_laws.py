@@ -7,6 +7,7 @@ from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.merge import merge, merge_state_dicts, methods
 from merginguriel.sparse import ties
 from merginguriel.task_vector import task_vector
+from merginguriel.trials import Kept
 
 ALL = list(methods)
 SHAPES = {'b.bias':(6,), 'a.weight':(7,5), 'c.scale':(), 'layer.0.conv':(3,2,2), 'e.empty':(0,4)}
@@ -203,6 +204,16 @@ def test_what_no_source_changed_is_passed_over_without_a_trace(method, hp, monke
     skipping = merge_state_dicts(base, sources, method, w, max_elements=5, **hp)
     for module in ('sparse','drop','spectral'): monkeypatch.setattr(f'merginguriel.{module}.no_change', lambda taus: not taus.numel())
     assert same(skipping, merge_state_dicts(base, sources, method, w, max_elements=5, **hp))
+
+@cases
+def test_what_is_kept_changes_no_later_merge(method, hp):
+    base,sources,w = world()
+    kept,other = Kept(),dict(zip(reversed(w), w.values()))
+    fewer = dict(list(sources.items())[:2])
+    merges = [(sources,w,hp), (sources,other,hp), (fewer,{k:w[k] for k in fewer},hp), (sources,w,hp)]
+    if 'density' in hp: merges.append((sources,w,hp|dict(density=.8)))
+    for s,v,h in merges:
+        assert same(merge_state_dicts(base, s, method, v, keep=kept, **h), merge_state_dicts(base, s, method, v, **h))
 
 @cases
 def test_translation(method, hp):
