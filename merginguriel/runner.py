@@ -99,10 +99,11 @@ def passive_threads()->None:
 
 # %% ../nbs/52_runner.ipynb #64ad9f53
 def return_memory()->bool: # Whether the C library took it; others than glibc have no such setting
-    "Give freed blocks of 4 MB and more back to the system at once, in this process"
+    "Give large freed blocks back to the system at once and use small ones again, whichever thread freed them"
     import ctypes
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name=='posix' else None
-    return bool(mallopt and mallopt(-3, 4<<20)) # M_MMAP_THRESHOLD
+    settings = [(-3,16<<20), (-1,32<<20), (-8,1)] # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+    return bool(mallopt) and all([mallopt(k, v) for k,v in settings])
 
 def lean_process()->None:
     "What a process that is one command can do to start, work and end with less"
