@@ -4,7 +4,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
-from merginguriel import images, pictures as source
+from merginguriel import images, pictures as source, train
 from merginguriel.checkpoint import open_checkpoint
 from merginguriel.core import IncompatibleError, MissingDataError
 from merginguriel.images import ImageOptions, answers_to, finetune_images, image_base, image_classifier, image_options, image_score, \
@@ -156,16 +156,16 @@ def test_a_base_is_trained_once(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(base, small, tmp_path, monkeypatch):
     whole = finetune_images(base, small['digit'], tmp_path/'whole', options=QUICK)
-    save, calls = images._save_state, []
-    def killed(*a, **k):
-        save(*a, **k)
-        calls.append(1)
-        if len(calls) == 2: raise KeyboardInterrupt
-    monkeypatch.setattr(images, '_save_state', killed)
+    save, scored = train._save_state, []
+    def killed(*a, history, **k):
+        save(*a, history=history, **k)
+        if len(history) == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(train, '_save_state', killed)
+    monkeypatch.setattr(images, 'answers_to', lambda *a: scored.append(1) or answers_to(*a))
     with pytest.raises(KeyboardInterrupt): finetune_images(base, small['digit'], tmp_path/'part', options=QUICK)
     assert not (tmp_path/'part').exists()
     finetune_images(base, small['digit'], tmp_path/'part', options=QUICK)
-    assert len(calls) == 3 # one epoch was left
+    assert len(scored) == 3 # one epoch was left
     assert open_checkpoint(tmp_path/'part').digest() == open_checkpoint(whole).digest()
     assert not list(tmp_path.glob('.*.state'))
 
