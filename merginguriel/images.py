@@ -6,12 +6,12 @@ Docs: https://merginguriel.github.io/merginguriel/images.html.md"""
 
 # %% auto #0
 __all__ = ['new_vit', 'image_base', 'ImageOptions', 'image_options', 'image_classifier', 'answers_to', 'finetune_images',
-           'image_score', 'partitions', 'group_words', 'partition_sums', 'mean_over_seeds']
+           'image_score', 'partitions', 'group_words', 'partition_sums']
 
 # %% ../nbs/66_images.ipynb #e7e23cba
 """`image_base` trains a small ViT on pictures that no task has (`merginguriel.pictures`), `finetune_images` grows a classifier
 for one task from it, or from any ViT or CLIP, and `image_score` tells `Arithmetic` what an encoder gets right.
-`partition_sums` tries all groupings of a few tasks, `mean_over_seeds` says what is left of it when everything is repeated."""
+`partition_sums` tries all groupings of a few tasks."""
 
 # %% ../nbs/66_images.ipynb #0de7a672
 import hashlib,json,math,shutil,time
@@ -294,16 +294,3 @@ def partition_sums(
         what = dict(operation='partition', groups=_in_words(p), n_bases=len(p))
         out.append(study.add(what, b.add_bases, names))
     return pd.concat(out, ignore_index=True)
-
-# %% ../nbs/66_images.ipynb #7283d74f
-def mean_over_seeds(
-    rows:pd.DataFrame, # Rows of an experiment with a column `run`, the seed of base and models
-    by:list, # Columns that tell one thing from another
-    value:str='normalised', # Column to average
-)->pd.DataFrame: # Indexed by `by`: mean, low, high, seeds
-    "Mean over seeds of the mean over tasks, with Student's 95 % interval; NaN where there is one seed"
-    from scipy.stats import t
-    m = rows.groupby([*by,'run'], sort=False)[value].mean().groupby(level=list(range(len(by))), sort=False)
-    d = pd.DataFrame(dict(mean=m.mean(), half=m.sem(), seeds=m.count()))
-    half = d.half*t.ppf(.975, (d.seeds-1).where(d.seeds>1))
-    return pd.DataFrame(dict(mean=d['mean'], low=d['mean']-half, high=d['mean']+half, seeds=d.seeds))
