@@ -6,7 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/report.html.md"""
 
 # %% auto #0
 __all__ = ['method_colour', 'comparison', 'plot_gain', 'plot_weights', 'plot_nxn', 'stored_accuracies', 'stored_recipes',
-           'stored_gains', 'stored_nxn', 'plot_ranks', 'plot_scaling', 'report_tables', 'as_text', 'Diff', 'diff']
+           'stored_gains', 'stored_nxn', 'stored_series', 'plot_ranks', 'plot_scaling', 'report_tables', 'as_text',
+           'Diff', 'diff']
 
 # %% ../nbs/53_report.ipynb #39ed79f3
 """A report draws tidy frames: `comparison` lays the scores of one or several runs out as a
@@ -120,8 +121,10 @@ def plot_nxn(
     return ax
 
 # %% ../nbs/53_report.ipynb #94113c34
-_open = ('target','seed','locale','contract') # What the runs of one recipe may differ in
+_open = ('target','seed','locale','contract','origin') # What the runs of one recipe may differ in
 _shown = ['contract.mode','contract.stamp','study','experiment','dataset','base','similarity','weighting','k']
+
+def _closed(config, *more): return {k:v for k,v in config.items() if k not in (*_open,*more) and v is not None}
 
 def _kind(name, config):
     if name.startswith('source:'): return 'source'
@@ -136,7 +139,7 @@ def stored_accuracies(
     "The accuracies in a store, with the recipe that each run follows"
     df = store.scores(metric='accuracy', **filter)
     c = {h:store.config(h) for h in dict.fromkeys(df.hash)}
-    name = {h:config_hash({k:v for k,v in o.items() if k not in _open and v is not None}, 8) for h,o in c.items()}
+    name = {h:config_hash(_closed(o), 8) for h,o in c.items()}
     df = df.assign(recipe=df.hash.map(name), seed=[c[h].get('seed', 0) for h in df.hash], kind=[_kind(*o) for o in zip(df.name, df.hash.map(c))])
     df = df.assign(target=df.locale, accuracy=df.value)['recipe target split seed name kind accuracy n items hash'.split()]
     df = df[df.recipe==recipe] if recipe else df
@@ -151,10 +154,11 @@ def stored_recipes(
 )->pd.DataFrame: # One row per recipe: recipe, what, targets, seeds, merges, scores; the largest first
     "What each recipe is, in its main fields and in those that not all recipes share"
     c = {r:_flat(store.config(h)) for r,h in rows.drop_duplicates('recipe').set_index('recipe').hash.items()}
-    closed = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in (*_open,'methods') and k not in _shown]
-    more = [k for k in closed if len({canonical_json(o.get(k)) for o in c.values()})>1]
+    said = (*_open,'methods','include_target','oracle') # Merges have a column, the contract says the others
+    more = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in said and k not in _shown]
+    more = [k for k in more if len({canonical_json(o.get(k)) for o in c.values()})>1]
     plain = ('contract.mode','contract.stamp','dataset','base','similarity','weighting')
-    text = lambda k,v: str(v) if k in plain else f'{k}={v}'
+    text = lambda k,v: str(v) if k in plain else f'{len(v)} {k}' if isinstance(v, list) and len(v)>3 else f'{k}={v}'
     what = {r:', '.join(text(k, o[k]) for k in _shown+more if o.get(k) not in (None,[],{})) for r,o in c.items()}
     df = rows.groupby('recipe', sort=False).agg(targets=('target','nunique'), seeds=('seed','nunique'),
         merges=('name', lambda o: o[rows.kind[o.index]=='merge'].nunique()), scores=('name','size')).reset_index()
@@ -162,6 +166,10 @@ def stored_recipes(
     return df.sort_values('scores', ascending=False, kind='stable').reset_index(drop=True)
 
 # %% ../nbs/53_report.ipynb #03921932
+def _baselines_of(rows):
+    names = set(rows.name)
+    return [b for b in baselines if (b in names if b in ('own','uniform') else 'source' in set(rows.kind))]
+
 def stored_gains(
     store:Store, # Where runs were recorded
     rows:pd.DataFrame, # From `stored_accuracies`, of one recipe and split
@@ -171,6 +179,8 @@ def stored_gains(
     "What each merge gained over each of `against` in every target, from the stored items"
     if len(rows[['recipe','split']].drop_duplicates())!=1: raise ValueError("gains are of one recipe and one split; "
         f"got {rows.recipe.nunique()} recipes; filter the rows, or pass recipe= to `stored_accuracies`")
+    known = list(dict.fromkeys([*_baselines_of(rows), *rows.name]))
+    if unknown := [o for o in (*names,*against) if o not in known]: raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
     weights = store.scores(metric='weight', hash=list(rows.hash.unique()))
     chosen = {h:{o.removeprefix('source:') for o in d.name} for h,d in weights.groupby('hash')}
     values = {t:{h:dict(zip(e.name, e.accuracy)) for h,e in d.groupby('hash', sort=False)} for t,d in rows.groupby('target', sort=False)}
@@ -194,6 +204,19 @@ def stored_nxn(
     d = rows[rows.name.eq('own')|rows.kind.eq('source')]
     source = np.where(d.name=='own', d.target, d.name.str.removeprefix('source:'))
     return d.assign(source=source).pivot_table(index='source', columns='target', values='accuracy')
+
+# %% ../nbs/53_report.ipynb #ed224fc5
+def stored_series(
+    store:Store, # Where runs were recorded
+    rows:pd.DataFrame, # From `stored_accuracies`
+    x:str='k', # Field in which the recipes of a series differ
+)->list: # One dict per series: value of `x` -> rows of that recipe; the longest first
+    "Recipes that differ in `x` alone"
+    found = {}
+    for _,d in rows.groupby('recipe', sort=False):
+        c = store.config(d.hash.iloc[0])
+        if x in c: found.setdefault(config_hash(_closed(c, x)), {})[c[x]] = d
+    return sorted((dict(sorted(o.items())) for o in found.values() if len(o)>1), key=len, reverse=True)
 
 # %% ../nbs/53_report.ipynb #99464753
 def plot_ranks(
@@ -219,11 +242,12 @@ def plot_scaling(
 ): # The axes
     "Mean gain of each method over targets as `x` grows, with the interval over targets"
     from matplotlib import pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.5, 3.2))[1]
-    for name,d in gains.groupby('a', sort=False):
-        t = 100*d.pivot(index='target', columns=x, values='gain')
+    curves = {name:100*d.pivot(index='target', columns=x, values='gain') for name,d in gains.groupby('a', sort=False)}
+    for name,t in curves.items():
         if t.isna().any(axis=None):
             raise ValueError(f"{name} was not run in {t.index[t.isna().any(axis=1)][0]} at every {x}; a curve joins the same targets")
+    if ax is None: ax = plt.subplots(figsize=(5.5, 3.2))[1]
+    for name,t in curves.items():
         low,high = mean_interval(t)
         ax.fill_between(t.columns, low, high, color=method_colour(name), alpha=.15, lw=0)
         ax.plot(t.columns, t.mean(), 'o-', color=method_colour(name), label=name)
@@ -233,10 +257,6 @@ def plot_scaling(
     return ax
 
 # %% ../nbs/53_report.ipynb #c9111264
-def _baselines_of(rows):
-    names = set(rows.name)
-    return [b for b in baselines if (b in names if b in ('own','uniform') else 'source' in set(rows.kind))]
-
 def report_tables(
     store:Store, # Where runs were recorded
     recipe:str='', # Only this recipe
