@@ -15,7 +15,7 @@ with its Wilson interval off them, `nxn` fills the matrix of every model on ever
 tokenized once. Labels of model and data are matched by name. A prediction that failed is an error, never class 0."""
 
 # %% ../nbs/43_evaluate.ipynb #488b3b88
-import warnings
+import json,warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,21 +54,29 @@ class Predictions:
 # %% ../nbs/43_evaluate.ipynb #ef1bee74
 def save_predictions(
     p:Predictions, # What to keep
-    path:str|Path, # File to write, ending in .npz
+    path:str|Path, # File to write, ending in .parquet
+    kept:str='fp32', # Type of the logits there: 'fp32', or 'fp16' in half the space, with 11 significant bits, up to 65504
 )->None:
     "Write `p` to `path`"
-    with atomic_write(path, 'wb') as f:
-        np.savez(f, logits=p.logits, labels=p.labels, ids=p.ids, names=np.array(p.names, dtype=str))
+    import pyarrow as pa, pyarrow.parquet as pq
+    if kept not in _kept: raise ValueError(f"logits are kept as {' or '.join(_kept)}; got {kept!r}")
+    if kept=='fp16' and (top := np.abs(p.logits).max())>65504: raise ValueError(f"fp16 ends at 65504 and a logit is {top:.0f}; keep fp32")
+    z = pa.FixedSizeListArray.from_arrays(pa.array(p.logits.astype(_kept[kept]).ravel()), len(p.names))
+    t = pa.table(dict(id=p.ids, label=p.labels, logits=z)).replace_schema_metadata(dict(names=json.dumps(list(p.names))))
+    with atomic_write(path, 'wb') as f: pq.write_table(t, f, compression='zstd', use_dictionary=['label'])
+
+_kept = dict(fp32=np.float32, fp16=np.float16)
 
 def load_predictions(
     path:str|Path, # File that `save_predictions` wrote
 )->Predictions: # The predictions
     "Read predictions back"
-    import zipfile
+    import pyarrow as pa, pyarrow.parquet as pq
     try:
-        with np.load(path, allow_pickle=False) as z:
-            return Predictions(z['logits'], z['labels'], z['ids'], [str(o) for o in z['names']])
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as e:
+        t = pq.ParquetFile(path).read(use_threads=False)
+        z,names = t['logits'].combine_chunks().flatten().to_numpy(zero_copy_only=False),json.loads(t.schema.metadata[b'names'])
+        return Predictions(z.astype(np.float32).reshape(-1, len(names)), t['label'].to_numpy(), t['id'].to_numpy(), names)
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} does not hold predictions ({e}); remove it and predict again") from e
 
 # %% ../nbs/43_evaluate.ipynb #2afd567f
@@ -182,26 +190,29 @@ def banked(
     bank:str|Path|None=None, # Folder of kept predictions; None: nothing is kept
     device:str|None=None, # As for `predict`
     dtype:str='fp32', # As for `predict`
+    kept:str='fp32', # As for `save_predictions`; those kept as 'fp32' answer for 'fp16' too
     tick=lambda name: None, # Called with each name when it is done
 )->dict: # Name -> `Predictions`
     "Predictions of one model for several data sets; the model is loaded only if one of them is missing"
-    one,out = _reader(model, bank, device, dtype),{}
+    one,out = _reader(model, bank, device, dtype, kept),{}
     for k,d in datasets.items():
         out[k] = one(d)
         tick(k)
     return out
 
-def _reader(model, bank, device, dtype):
+def _reader(model, bank, device, dtype, kept):
     "A function from a data set to the predictions of `model`: from the bank, or made and put there"
     folder = cache(lambda: resolve_model(model))
     digest,loaded = cache(lambda: model_digest(folder())),cache(lambda: load_classifier(folder()))
     def one(d):
         key = config_hash(dict(model=digest(), data=d._fingerprint, labels=label_names(d), dtype=dtype))
-        path = Path(bank)/f'{key}.npz' if bank else None
-        if path and path.exists(): return load_predictions(path)
+        files = [Path(bank)/f'{key}{o}.parquet' for o in ['']+['-fp16']*(kept=='fp16')] if bank else []
+        for f in files:
+            if f.exists(): return load_predictions(f)
         p = predict(loaded()[0], d, device=device, dtype=dtype, tokenizer=loaded()[1])
-        if path: save_predictions(p, path)
-        return p
+        if not bank: return p
+        save_predictions(p, files[-1], kept)
+        return load_predictions(files[-1])
     return one
 
 # %% ../nbs/43_evaluate.ipynb #1ebcf908
@@ -213,6 +224,7 @@ def nxn(
     device:str|None=None, # As for `predict`
     progress:bool=False, # Show a bar of cells
     dtype:str='fp32', # As for `predict`
+    kept:str='fp32', # As for `save_predictions`
     keep_going:bool=False, # Go on after a cell that fails: it is NaN, and `attrs['failed']` and a warning say why
 )->pd.DataFrame: # Accuracy in [0, 1], (source × target)
     "The accuracy of every model on every locale"
@@ -221,7 +233,7 @@ def nxn(
     failed = {}
     with tqdm(total=m.size, disable=not progress, unit='cell', leave=False) as bar:
         for s,model in models.items():
-            one = _reader(model, bank, device, dtype)
+            one = _reader(model, bank, device, dtype, kept)
             for t,d in datasets.items():
                 try: m.loc[s,t] = accuracy(one(d)).value
                 except Exception as e: # A cell is a job: its failure is kept with the matrix

@@ -78,7 +78,7 @@ def predictions(self:Trials,
     "What the merge of the sources says about the texts"
     t = methods.traits(method)
     w = check_weights(self.sources, weights, t.default, t.negative)
-    path = self.bank and self.bank/f'{self._key(method, w, head, seed, hp)}.npz'
+    path = self.bank and self.bank/f'{self._key(method, w, head, seed, hp)}.parquet'
     if path and path.exists(): return load_predictions(path)
     model,tok = self._classifier(w)
     merged = merge_state_dicts(self.base, self.sources, method, w, head, seed, **self.kept, **hp)
