@@ -6,8 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/report.html.md"""
 
 # %% auto #0
 __all__ = ['method_colour', 'comparison', 'plot_gain', 'plot_weights', 'plot_nxn', 'stored_accuracies', 'stored_recipes',
-           'stored_gains', 'stored_nxn', 'stored_series', 'plot_ranks', 'plot_scaling', 'report_tables', 'as_text',
-           'Diff', 'diff']
+           'baselines_in', 'stored_gains', 'stored_nxn', 'stored_series', 'plot_ranks', 'plot_scaling', 'report_tables',
+           'as_text', 'Diff', 'diff']
 
 # %% ../nbs/53_report.ipynb #39ed79f3
 """A report draws tidy frames: `comparison` lays the scores of one or several runs out as a
@@ -30,7 +30,7 @@ from .store import _flat
 from .experiment import *
 
 # %% ../nbs/53_report.ipynb #2faf5a4c
-_palette = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#f0e442']
+_palette = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#8c564b']
 _fixed = dict(linear=0, task_arithmetic=1, ties=2, adamerging=3, slerp=4, dare=5)
 _grey = '#777777'
 
@@ -166,9 +166,12 @@ def stored_recipes(
     return df.sort_values('scores', ascending=False, kind='stable').reset_index(drop=True)
 
 # %% ../nbs/53_report.ipynb #03921932
-def _baselines_of(rows):
-    names = set(rows.name)
-    return [b for b in baselines if (b in names if b in ('own','uniform') else 'source' in set(rows.kind))]
+def baselines_in(
+    rows:pd.DataFrame, # From `stored_accuracies`
+)->list: # Some of `baselines`
+    "The baselines that every run among `rows` has"
+    runs = [(set(d.name),set(d.kind)) for _,d in rows.groupby('hash')]
+    return [b for b in baselines if all(b in names if b in ('own','uniform') else 'source' in kinds for names,kinds in runs)]
 
 def stored_gains(
     store:Store, # Where runs were recorded
@@ -179,7 +182,7 @@ def stored_gains(
     "What each merge gained over each of `against` in every target, from the stored items"
     if len(rows[['recipe','split']].drop_duplicates())!=1: raise ValueError("gains are of one recipe and one split; "
         f"got {rows.recipe.nunique()} recipes; filter the rows, or pass recipe= to `stored_accuracies`")
-    known = list(dict.fromkeys([*_baselines_of(rows), *rows.name]))
+    known = list(dict.fromkeys([*baselines_in(rows), *rows.name[rows.kind.isin(['merge','model'])]]))
     if unknown := [o for o in (*names,*against) if o not in known]: raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
     weights = store.scores(metric='weight', hash=list(rows.hash.unique()))
     chosen = {h:{o.removeprefix('source:') for o in d.name} for h,d in weights.groupby('hash')}
@@ -210,13 +213,13 @@ def stored_series(
     store:Store, # Where runs were recorded
     rows:pd.DataFrame, # From `stored_accuracies`
     x:str='k', # Field in which the recipes of a series differ
-)->list: # One dict per series: value of `x` -> rows of that recipe; the longest first
+)->list: # One dict per series: value of `x` -> rows of that recipe; the longest first, then the one with most scores
     "Recipes that differ in `x` alone"
     found = {}
     for _,d in rows.groupby('recipe', sort=False):
         c = store.config(d.hash.iloc[0])
         if x in c: found.setdefault(config_hash(_closed(c, x)), {})[c[x]] = d
-    return sorted((dict(sorted(o.items())) for o in found.values() if len(o)>1), key=len, reverse=True)
+    return sorted((dict(sorted(o.items())) for o in found.values() if len(o)>1), key=lambda o: (len(o),sum(map(len, o.values()))), reverse=True)
 
 # %% ../nbs/53_report.ipynb #99464753
 def plot_ranks(
@@ -230,7 +233,7 @@ def plot_ranks(
     ax.axvspan(r.ranks.iloc[0]-r.cd/2, r.ranks.iloc[0]+r.cd/2, color='#eeeeee', zorder=0)
     ax.hlines(y, r.ranks-r.cd/2, r.ranks+r.cd/2, color=colour, lw=2)
     ax.scatter(r.ranks, y, color=colour, s=28, zorder=3)
-    ax.set(yticks=y, yticklabels=r.ranks.index, ylim=(len(y)-.5,-.5), xlabel=f'mean rank over {r.targets} targets, 1 = best '
+    ax.set(yticks=y, yticklabels=r.ranks.index, ylim=(len(y)-.5,-.5), xlim=(.5,len(y)+.5), xlabel=f'mean rank over {r.targets} targets, 1 = best '
         f'(critical difference {r.cd:.1f})')
     return ax
 
@@ -269,7 +272,7 @@ def report_tables(
         def add(k, df, **more): t[k].append(df.assign(recipe=r, split=split, **more))
         for target,e in d.groupby('target', sort=False): add('accuracies', comparison(e).reset_index(), target=target)
         kept = d[d['items'].notna()]
-        against,merges = _baselines_of(kept),list(dict.fromkeys(kept.name[kept.kind=='merge']))
+        against,merges = baselines_in(kept),list(dict.fromkeys(kept.name[kept.kind=='merge']))
         if not (against and merges): continue
         g = stored_gains(store, kept, against)
         add('gains', g)
