@@ -143,8 +143,8 @@ def stored_accuracies(
     df = df.assign(recipe=df.hash.map(name), seed=[c[h].get('seed', 0) for h in df.hash], kind=[_kind(*o) for o in zip(df.name, df.hash.map(c))])
     df = df.assign(target=df.locale, accuracy=df.value)['recipe target split seed name kind accuracy n items hash'.split()]
     df = df[df.recipe==recipe] if recipe else df
-    if df.empty: raise MissingDataError(f"{store.path} holds no accuracy{' of '*bool(recipe or filter)}"
-        f"{', '.join(map(str, filter.values())) or recipe}; run an experiment first")
+    what = ', '.join(map(str, [*filter.values(), *[recipe]*bool(recipe)]))
+    if df.empty: raise MissingDataError(f"{store.path} holds no accuracy{what and f' of {what}'}; run an experiment first")
     return df.reset_index(drop=True)
 
 # %% ../nbs/53_report.ipynb #c9b4801e
@@ -188,14 +188,14 @@ def stored_gains(
     chosen = {h:{o.removeprefix('source:') for o in d.name} for h,d in weights.groupby('hash')}
     values = {t:{h:dict(zip(e.name, e.accuracy)) for h,e in d.groupby('hash', sort=False)} for t,d in rows.groupby('target', sort=False)}
     right,frames = cache(lambda h,name,t: store.correct(h, name, t, rows.split.iloc[0], by_id=True)),[]
+    dataset = store.config(rows.hash.iloc[0]).get('dataset')
     def side(name, t):
         models = lambda h,v: baseline_names(name, v, chosen.get(h, ())) if name in baselines else [name]
         return [right(h, k, t) for h,v in values[t].items() for k in models(h, v)]
     for a in names or dict.fromkeys(rows.name[rows.kind=='merge']):
         for b in against:
             A,B = ({t:side(o, t) for t in values} for o in (a,b))
-            first = store.config(rows.hash.iloc[0]).get('dataset')
-            groups = {t:item_origins(v[0].index, first) for t,v in A.items()}
+            groups = {t:item_origins(v[0].index, dataset) for t,v in A.items()}
             frames.append(differences(A, B, (a,b), groups if all(groups.values()) else None))
     return pd.concat(frames, ignore_index=True).assign(runs=lambda d: d.target.map({t:_runs(v) for t,v in values.items()}))
 
@@ -307,7 +307,7 @@ class Diff:
     fields:pd.DataFrame # One row per field of the configurations that differs: field, a, b
     scores:pd.DataFrame # One row per pair: a, b, accuracies, items, diff, low, high, only_a, only_b, p
     words:str # The same in words
-    def __str__(self): return f"{as_text(self.fields)}\n{as_text(self.scores)}\n{self.words}"
+    def __str__(self): return '\n'.join([*(as_text(o) for o in (self.fields,self.scores) if len(o)), self.words])
 
 def _pair(store, a, b, dataset):
     "Two rows of `Store.scores` on the items that they share"
