@@ -6,13 +6,12 @@ Docs: https://merginguriel.github.io/merginguriel/images.html.md"""
 
 # %% auto #0
 __all__ = ['new_vit', 'image_base', 'ImageOptions', 'image_options', 'image_classifier', 'answers_to', 'finetune_images',
-           'image_score', 'partitions', 'group_words', 'partition_sums', 'mean_over_seeds', 'plot_over_seeds']
+           'image_score', 'partitions', 'group_words', 'partition_sums', 'mean_over_seeds']
 
 # %% ../nbs/66_images.ipynb #e7e23cba
 """`image_base` trains a small ViT on pictures that no task has (`merginguriel.pictures`), `finetune_images` grows a classifier
 for one task from it, or from any ViT or CLIP, and `image_score` tells `Arithmetic` what an encoder gets right.
-`partition_sums` tries all groupings of a few tasks, `mean_over_seeds` and `plot_over_seeds` show what is left of it when
-everything is repeated."""
+`partition_sums` tries all groupings of a few tasks, `mean_over_seeds` says what is left of it when everything is repeated."""
 
 # %% ../nbs/66_images.ipynb #0de7a672
 import hashlib,json,math,shutil,time
@@ -321,24 +320,3 @@ def mean_over_seeds(
     d = pd.DataFrame(dict(mean=m.mean(), half=m.sem(), seeds=m.count()))
     half = d.half*t.ppf(.975, (d.seeds-1).where(d.seeds>1))
     return pd.DataFrame(dict(mean=d['mean'], low=d['mean']-half, high=d['mean']+half, seeds=d.seeds))
-
-# %% ../nbs/66_images.ipynb #7e825ee8
-def plot_over_seeds(
-    means:pd.DataFrame, # From `mean_over_seeds`; the last level of the index is the number of bases, the first the kind
-    levels=None, # Name -> accuracy drawn as a horizontal line; None: none
-    ax=None, # Axes to draw on; None: new ones
-): # The axes
-    "Means against the number of bases with intervals over seeds, a line for each kind and sum; sums of bases are dashed"
-    from matplotlib import pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(5.6, 3.6))[1]
-    groups = list(means.groupby(level=list(range(means.index.nlevels-1)), sort=False))
-    for i,(k,d) in enumerate(groups):
-        k,x = k if isinstance(k, tuple) else (k,),d.index.get_level_values(-1).astype(float)
-        ax.errorbar(x+.08*(i-len(groups)/2), d['mean'], d['mean']-d.low, color=basis_colours[k[0]], marker='o', ms=3.5, lw=1.2,
-            elinewidth=.8, ls='--' if 'bases' in k[1:] else '-', label=' · '.join(o.replace('_',' ') for o in k))
-    for k,v in (levels or {}).items():
-        ax.axhline(v, color='k', lw=.8, ls=':')
-        ax.annotate(k, (1, v), xycoords=('axes fraction','data'), xytext=(2, 0), textcoords='offset points', fontsize=7, va='center')
-    ax.set(xlabel='number of bases', ylabel='accuracy / own model', xticks=sorted(set(means.index.get_level_values(-1))))
-    ax.legend(frameon=False, fontsize=7, ncol=4, loc='upper center', bbox_to_anchor=(.5,-.15))
-    return ax

@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/locale_bases.html.md"""
 # %% auto #0
 __all__ = ['designs', 'drawn', 'directions', 'Locales', 'check_design', 'written', 'retained_scores', 'retained_table',
            'smallest_bases', 'merge_weights', 'merge_scores', 'everyone_scores', 'merge_gains', 'forgetting_weights',
-           'forget', 'locale_groups', 'agreement', 'plot_retained', 'plot_groups']
+           'forget', 'locale_groups', 'agreement', 'plot_groups']
 
 # %% ../nbs/68_locale_bases.ipynb #76b5018d
 """Forty-nine models of one task in forty-nine locales differ from one base by forty-nine task vectors; `merginguriel.bases` keeps M
@@ -36,6 +36,7 @@ from .evaluate import *
 from .significance import *
 from .store import *
 from .experiment import *
+from .report import *
 from .across import *
 
 # %% ../nbs/68_locale_bases.ipynb #cab6ebd3
@@ -211,7 +212,7 @@ def retained_table(
     dataset:str, # Their data set: which utterances have a common origin
     over:str|None=None, # Design from which the others are subtracted at equal M; None: none
     n:int=2000, # Resamples
-)->pd.DataFrame: # One row per design and M: design, n_bases, retained, low, high, locales, runs
+)->pd.DataFrame: # Indexed by design and n_bases: mean, low, high, locales, runs
     "Mean share of the own accuracy, with a 95 % interval over locales and utterances"
     cells,rows = _resampled(scores, dataset, n),[]
     sizes = scores.groupby(['design','n_bases']).locale.agg(['nunique','size'])
@@ -221,8 +222,8 @@ def retained_table(
             value,many = value-cells[over,m][0],many-cells[over,m][1]
         low,high = np.nanquantile(many, [.025,.975])
         k,runs = sizes.loc[(design,m)]
-        rows.append(dict(design=design, n_bases=m, retained=value, low=low, high=high, locales=k, runs=runs//k))
-    return pd.DataFrame(rows, columns='design n_bases retained low high locales runs'.split())
+        rows.append(dict(design=design, n_bases=m, mean=value, low=low, high=high, locales=k, runs=runs//k))
+    return pd.DataFrame(rows, columns='design n_bases mean low high locales runs'.split()).set_index(['design','n_bases'])
 
 # %% ../nbs/68_locale_bases.ipynb #dab3b6ce
 def smallest_bases(
@@ -230,9 +231,9 @@ def smallest_bases(
     keep:float=.97, # Share that must be retained, above 0
 )->pd.DataFrame: # Index design; mean: the first M whose mean reaches `keep`; sure: the first whose interval is above it; NA: none
     "The fewest bases of each design that keep enough"
-    first = lambda d,k: d.n_bases[d[k]>=keep].min()
-    rows = {k:dict(mean=first(d,'retained'), sure=first(d,'low')) for k,d in table.groupby('design', sort=False)}
-    return pd.DataFrame(rows).T.astype('Int64').rename_axis('design')
+    d = table.reset_index('n_bases')
+    first = {name:d.n_bases[d[k]>=keep].groupby('design').min() for name,k in (('mean','mean'),('sure','low'))}
+    return pd.DataFrame(first, index=table.index.unique('design')).astype('Int64')
 
 # %% ../nbs/68_locale_bases.ipynb #f3399809
 def merge_weights(
@@ -387,32 +388,6 @@ def agreement(
             p = (1+(together(shuffled)>=together(group_decoder(found)[:,None]).item()-1e-9).sum())/(n+1)
             rows.append(dict(k=k, grouping=g, rand=adjusted_rand(found, known[g]), p=p, largest=group_sizes(found).max()))
     return pd.DataFrame(rows)
-
-# %% ../nbs/68_locale_bases.ipynb #57a0b7d4
-_colours = dict(pca='#0072b2', svd='#56b4e9', ae='#e69f00', cluster='#009e73', linkage='#000000', subset='#cc79a7', random='#999999')
-_colours |= {'random clusters':'#d55e00'}
-_marks = dict(pca='o', svd='s', ae='^', cluster='D', linkage='v', subset='P', random='.') | {'random clusters':'X'}
-
-def plot_retained(
-    table:pd.DataFrame, # From `retained_table`
-    keep:float=.97, # Line of what is to be kept, as a share
-    ax=None, # Axes to draw on; None: new ones
-): # The axes
-    "Retained share against M, one line for each design"
-    from matplotlib import pyplot as plt
-    if ax is None: ax = plt.subplots(figsize=(6, 3.6))[1]
-    names,ms = list(dict.fromkeys(table.design)),sorted(set(table.n_bases))
-    for i,k in enumerate(names):
-        d = table[table.design==k].sort_values('n_bases')
-        x = np.array([ms.index(m) for m in d.n_bases])+(i-(len(names)-1)/2)*.6/len(names)
-        c = _colours.get(k, f'C{i}')
-        ax.errorbar(x, 100*d.retained, 100*np.array([d.retained-d.low, d.high-d.retained]).clip(0), color=c, marker=_marks.get(k, 'o'),
-            ms=5, lw=1, elinewidth=.8, label=k)
-    ax.axhline(100*keep, color='k', lw=.8, ls=':')
-    ax.axhline(100, color='k', lw=.8)
-    ax.set(xticks=range(len(ms)), xticklabels=ms, xlabel='bases', ylabel='accuracy retained (%)')
-    ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
-    return ax
 
 # %% ../nbs/68_locale_bases.ipynb #abd97089
 def plot_groups(
