@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/cli.html.md"""
 # %% auto #0
 __all__ = ['demo_command', 'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command',
            'select_command', 'merge_command', 'audit_command', 'match_base_command', 'bases_command', 'compat_command',
-           'report_command']
+           'report_command', 'diff_command', 'import_legacy_command']
 
 # %% ../nbs/71_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. A command reads its arguments, calls the function that does the work and
@@ -307,40 +307,45 @@ def compat_command(
     if log['missing']: print(f"missing, and NaN above: {', '.join(log['missing'])}")
     print(f"written to {options['output_dir']}")
 
-# %% ../nbs/71_cli.ipynb #0ea58c85
-def _markdown(df):
-    "`df` with its index as a Markdown table"
-    values = [[i,*r] for i,r in zip(df.index, df.astype(object).to_numpy())]
-    rows = [[df.index.name or '', *df.columns], ['---']*(len(df.columns)+1), *values]
-    return '\n'.join('| '+' | '.join(f'{o:.3f}' if isinstance(o, float) else str(o) for o in r)+' |' for r in rows)
-
-def _recipes(store, rows):
-    "(configuration without seed, its rows) for each recipe and test set"
-    plain = lambda r: {k:v for k,v in r.items() if isinstance(v, (list,dict)) or v==v and v is not None}
-    configs = store.configs().drop(columns='created')
-    recipe = {h:canonical_json({k:v for k,v in plain(r).items() if k!='seed'}) for h,r in configs.to_dict('index').items()}
-    for (r,locale,split),d in rows.assign(recipe=rows.hash.map(recipe)).groupby(['recipe','locale','split'], sort=False):
-        yield locale,split,plain(configs.loc[d.hash.iloc[0]].to_dict()),d
-
-# %% ../nbs/71_cli.ipynb #57ddbd02
-def _row_kind(name, config):
-    if name.startswith('source:'): return 'source'
-    if name in ('own','uniform'): return 'baseline'
-    return 'merge' if 'methods' in config else 'model'
-
-@command('report')
+# %% ../nbs/71_cli.ipynb #ab52210c
+@command('report', lambda argv: declared('report.as_text', 'format'))
 def report_command(
     store:str='runs/store.sqlite', # File of the result store
     target:str='', # Only this locale
+    recipe:str='', # Only this recipe, by the name that the first table gives it
+    out:str='', # Folder to write one file per table to; without it, they are printed
+    **options, # Those of `as_text`
 ):
-    "The accuracies in a store, with 95 % intervals"
-    from merginguriel.report import comparison
+    "The tables of a store: accuracies, gains, win rates and ranks, each with the hashes of its runs"
+    from merginguriel.report import as_text,report_tables
     from merginguriel.store import Store
-    s = Store(store, readonly=True)
-    rows = s.scores(metric='accuracy', **(dict(locale=target) if target else {}))
-    if rows.empty: raise MissingDataError(f"{store} holds no accuracy{f' of {target}' if target else ''}; run an experiment first")
-    shown = ['contract.mode','contract.stamp','experiment','dataset','base','similarity','weighting','k']
-    for locale,split,config,d in _recipes(s, rows):
-        print(f"### {locale} {split}: {', '.join(str(config[k]) if k!='k' else f'k={config[k]}' for k in shown if k in config)}\n")
-        scores = d.assign(accuracy=d.value, kind=[_row_kind(o, config) for o in d.name], seed=d.get('seed', 0))
-        print(_markdown(comparison(scores))+f"\n\nrun {', '.join(dict.fromkeys(d.hash))}\n")
+    tables = report_tables(Store(store, readonly=True), recipe, **(dict(locale=target) if target else {}))
+    texts = {k:as_text(df, **options) for k,df in tables.items()}
+    if not out: return print('\n'.join(f'### {k}\n\n{v}' for k,v in texts.items()))
+    for k,v in texts.items():
+        with atomic_write(Path(out)/f"{k}.{dict(markdown='md', latex='tex', csv='csv')[options['format']]}") as f: f.write(v)
+    print(f"{', '.join(texts)} written to {out}")
+
+@command('diff')
+def diff_command(
+    run_a:str, # First digits of a run's hash; after a slash, the name of a model in it, as 1a2b3c4d/linear
+    run_b:str, # The other
+    store:str='runs/store.sqlite', # File of the result store
+):
+    "Why the numbers of two runs differ: configurations, test items, and chance"
+    from merginguriel.report import diff
+    from merginguriel.store import Store
+    print(diff(Store(store, readonly=True), run_a, run_b))
+
+# %% ../nbs/71_cli.ipynb #7250d4be
+@command('import-legacy')
+def import_legacy_command(
+    folder:str, # Folder of the study: results.json files, N×N matrices and tables of experiments at any depth in it
+    store:str='runs/store.sqlite', # File of the result store
+):
+    "Results of a MergingUriel study into the store; all of them, or an error that lists what is ambiguous"
+    from merginguriel.legacy import import_legacy
+    from merginguriel.store import Store
+    df = import_legacy(folder, Store(store))
+    print(df.to_string(index=False, na_rep=''))
+    print(f"{df.hash.notna().sum()} scores of {df.hash.nunique()} runs recorded in {store}; {df.hash.isna().sum()} left out, as the table says")

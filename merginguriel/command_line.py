@@ -127,7 +127,7 @@ def _message(e):
     return kind+(' '.join(str(text).split()) or type(e).__name__)
 
 def _overview():
-    rows = '\n'.join(f'  {k:<11} {f.__doc__}' for k,f in commands.items())
+    rows = '\n'.join(f'  {k:<13} {f.__doc__}' for k,f in commands.items())
     title = f"merginguriel {__version__}: select, merge and honestly evaluate one intent classifier per language"
     return f"{title}\n\n{rows}\n\nmerginguriel COMMAND --help says more"
 

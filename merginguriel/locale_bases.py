@@ -33,6 +33,7 @@ from .bases import *
 from .data import *
 from .train import *
 from .evaluate import *
+from .significance import *
 from .store import *
 from .experiment import *
 from .report import *

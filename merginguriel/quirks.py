@@ -32,6 +32,7 @@ from .selection import *
 from .representation import *
 from .compatibility import *
 from .evaluate import *
+from .significance import *
 from .compute_compatibility_matrix import *
 from .store import *
 from .experiment import *

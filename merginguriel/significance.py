@@ -6,13 +6,15 @@ Docs: https://merginguriel.github.io/merginguriel/significance.html.md"""
 
 # %% auto #0
 __all__ = ['correctness', 'paired_runs', 'McNemar', 'mcnemar', 'minimum_detectable_effect', 'Bootstrap', 'paired_bootstrap',
-           'holm', 'benjamini_hochberg', 'compare', 'plot_differences', 'SignedRank', 'wilcoxon', 'mean_interval']
+           'holm', 'benjamini_hochberg', 'compare', 'plot_differences', 'SignedRank', 'wilcoxon', 'mean_interval',
+           'differences', 'mean_gains', 'win_rates', 'Ranks', 'critical_difference']
 
 # %% ../nbs/44_significance.ipynb #4c751d34
 """Two models answer the same items, so the items on which both are right, or both wrong, say nothing about their
 difference: only the discordant ones do. `mcnemar` tests them exactly, `paired_bootstrap` puts an interval around the
 difference, `holm` and `benjamini_hochberg` correct over locales, and `minimum_detectable_effect` says beforehand which
-difference a test set can show at all. Items are paired by their ids whenever there are ids. A difference is always
+difference a test set can show at all. `differences`, `mean_gains` and `win_rates` are for many pairs of names in many locales,
+`critical_difference` ranks all of them at once. Items are paired by their ids whenever there are ids. A difference is always
 accuracy of `a` minus accuracy of `b`, in [-1, 1]."""
 
 # %% ../nbs/44_significance.ipynb #e3c9f621
@@ -293,3 +295,76 @@ def mean_interval(
     x,rng = np.asarray(x, dtype=float),np.random.default_rng(0) if rng is None else rng
     if not len(x): raise ValueError("there is nothing to average")
     return np.quantile(x[rng.integers(0, len(x), (n,len(x)))].mean(1), [.025,.975], axis=0)
+
+# %% ../nbs/44_significance.ipynb #936f0af4
+def differences(
+    a:dict, # Target -> correctness, one run or a list of runs, in any form `compare` takes
+    b:dict, # The same targets, what `a` is compared with
+    names:tuple, # What the two are called
+    groups:dict|None=None, # Target -> group of each item; None: items are independent
+)->pd.DataFrame: # One row per target: a, b, target, gain, low, high, p, holm, verdict
+    "What `a` gained over `b` in every target, paired by item"
+    df = compare(a, b, groups=groups).rename(columns={'diff':'gain'}).rename_axis('target')
+    return df.reset_index().assign(a=names[0], b=names[1])['a b target gain low high p holm verdict'.split()]
+
+# %% ../nbs/44_significance.ipynb #7b817461
+def mean_gains(
+    gains:pd.DataFrame, # From `differences`, of one or several pairs
+    n:int=10000, # Resamples of the targets
+)->pd.DataFrame: # One row per pair: gain, low, high, p, holm, better, worse, targets
+    "The mean gain of each pair over targets"
+    rng,rows = np.random.default_rng(0),[]
+    for (a,b),d in gains.groupby(['a','b'], sort=False):
+        x = d.gain.to_numpy(float)
+        low,high = mean_interval(x, n, rng)
+        rows.append(dict(a=a, b=b, gain=x.mean(), low=low, high=high, p=wilcoxon(d.gain, 0*d.gain).p,
+            better=(d.verdict=='better').sum(), worse=(d.verdict=='worse').sum(), targets=len(x)))
+    df = pd.DataFrame(rows)
+    return df.assign(holm=holm(df.p))['a b gain low high p holm better worse targets'.split()]
+
+# %% ../nbs/44_significance.ipynb #f0380e10
+def win_rates(
+    gains:pd.DataFrame, # From `differences`, of one or several pairs
+)->pd.DataFrame: # One row per pair: a, b, wins, ties, losses, rate, rate_low, rate_high, sign_p
+    "In how many targets `a` is above `b`, whatever the distance; ties are counted apart and left out of the rate"
+    from scipy.stats import binomtest
+    rows = []
+    for (a,b),d in gains.groupby(['a','b'], sort=False):
+        x = d.gain.astype(float).round(12) # .65-.6 and .55-.5 are the same
+        w,l = int((x>0).sum()),int((x<0).sum())
+        t = binomtest(w, w+l) if w+l else None
+        low,high = t.proportion_ci(method='exact') if t else (0,1)
+        rows.append(dict(a=a, b=b, wins=w, ties=len(x)-w-l, losses=l, rate=w/(w+l) if t else np.nan, rate_low=low, rate_high=high,
+            sign_p=t.pvalue if t else 1))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/44_significance.ipynb #6d9e0b41
+@dataclass(frozen=True)
+class Ranks:
+    "Mean ranks over targets, and how far apart two of them must be"
+    ranks:pd.Series # Name -> mean rank, 1 = best; best first
+    p:float # Friedman's test that all ranks are alike
+    cd:float # Nemenyi's critical difference at `alpha`
+    alpha:float # Familywise level
+    targets:int # Targets
+    def alike(self)->list: # Tuples of two or more names, none of them part of another
+        "The largest groups of names whose ranks are within the critical difference"
+        r = self.ranks
+        runs = [tuple(r.index[(r>=o)&(r<=o+self.cd)]) for o in r]
+        return [o for i,o in enumerate(runs) if len(o)>1 and not any(set(o)<=set(k) for k in runs[:i])]
+
+def critical_difference(
+    accuracies:pd.DataFrame, # (target × name), none missing
+    alpha:float=.05, # Familywise level, in (0, 1)
+)->Ranks: # Mean ranks, p-value and critical difference
+    "Friedman's test over targets, and Nemenyi's critical difference between mean ranks; ties share their ranks"
+    from scipy.stats import friedmanchisquare,studentized_range
+    x = accuracies.round(12)
+    n,k = x.shape
+    if k<3 or n<2: raise ValueError(f"ranks are of 3 or more names in 2 or more targets; got {k} and {n}; compare a pair with `differences`")
+    if x.isna().any(axis=None): raise ValueError(f"{x.columns[x.isna().any()][0]} is missing in a target; rank what was run in all of them")
+    same = (x.nunique(axis=1)==1).all()
+    p = 1. if same else float(friedmanchisquare(*x.to_numpy().T).pvalue)
+    q = studentized_range.isf(alpha, k, np.inf)/2**.5
+    ranks = x.rank(axis=1, ascending=False).mean().sort_values(kind='stable')
+    return Ranks(ranks, p, float(q*(k*(k+1)/(6*n))**.5), alpha, n)

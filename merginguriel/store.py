@@ -281,6 +281,26 @@ def scores(self:Store,
         df = df.loc[[_matches(o, v) for o in df[k].astype(object)]]
     return df.reset_index(drop=True)
 
+# %% ../nbs/50_store.ipynb #c1a46fb6
+@patch
+def find(self:Store,
+    start:str, # First digits of a hash
+)->str: # The whole hash
+    "The one run whose hash begins with `start`"
+    found = [h for h, in self._try(self._read, 'select hash from configs where substr(hash,1,?)=?', (len(start),start))]
+    if len(found)==1: return found[0]
+    if found: raise KeyError(f"{len(found)} runs begin with {start!r}, such as {', '.join(found[:3])}; give more digits")
+    raise KeyError(f"no run of {self.path} begins with {start!r}; `merginguriel report` lists them")
+
+@patch
+def config(self:Store,
+    hash:str, # Hash that `record` returned
+)->dict: # Plain values
+    "The configuration that was recorded under `hash`"
+    rows = self._try(self._read, 'select config from configs where hash=?', (hash,))
+    if not rows: raise KeyError(f"no run of {self.path} has the hash {hash!r}")
+    return json.loads(rows[0][0])
+
 # %% ../nbs/50_store.ipynb #48e890c1
 @patch
 def has(self:Store,

@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'report']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'report', 'diff', 'import-legacy']
 
 
 @pytest.fixture(scope='session')
@@ -106,7 +106,7 @@ def test_help_of_a_template_is_its_parameters_cell(name, capfd):
 
 def test_run_help_lists_the_templates(capfd):
     out = typed('run --help', capfd)[1]
-    assert 'Templates: '+', '.join(templates()) in out
+    assert squeezed('Templates: '+', '.join(templates())) in squeezed(out)
     assert [o.split()[0] for o in typed('templates', capfd)[1].splitlines()] == list(templates())
 
 
@@ -277,10 +277,36 @@ def test_run_demo_and_report(here, capfd):
     code, out, _ = typed('demo --target sq-AL --world toy --out r', capfd)
     assert code == 0 and 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
     code, out, err = typed('report --store r/store.sqlite --target sq-AL', capfd)
-    assert code == 0 and out.count('### sq-AL test: ExcTar, zero-shot, toy, toy, uriel, proportional, k=') == 2
-    own = re.findall(r'^\| own \| baseline \| (\S+) \| (\S+) \| (\S+) \| 1 \| 0.000 \| 96 \|$', out, re.M)
-    assert len(own) == 2 and own[0] == own[1] and own[0][1] < own[0][0] < own[0][2]
+    assert code == 0 and out.count('| ExcTar, zero-shot, toy, toy, uriel, proportional, k=') == 2
+    own = re.findall(r'^\| (\w+) \| sq-AL \| test \| own \| baseline \| (\S+) \| (\S+) \| (\S+) \| 1 \| 0.000 \| 96 \| (\w{8}) \|$', out, re.M)
+    assert len(own) == 2 and own[0][1:4] == own[1][1:4] and own[0][2] < own[0][1] < own[0][3]
     assert 'holds no accuracy of de-DE' in error('report --store r/store.sqlite --target de-DE', capfd)
+    one = typed(f'report --store r/store.sqlite --recipe {own[0][0]}', capfd)[1]
+    assert own[0][4] in one and own[1][4] not in one and own[1][0] not in one
+    code, out, _ = typed(f'report --store r/store.sqlite --recipe {own[0][0]} --format csv --out tables', capfd)
+    assert code == 0 and out == 'recipes, accuracies, gains, means, runs written to tables\n' # Ranks are over targets
+    assert Path('tables/accuracies.csv').read_text().startswith('recipe,target,split,name,kind,accuracy,')
+    assert "format is 'markdown', 'latex' or 'csv'; got 'html'" in error('report --store r/store.sqlite --format html', capfd)
+    a, b = (o[4] for o in own)
+    code, out, _ = typed(f'diff {a}/linear {b}/linear --store r/store.sqlite', capfd)
+    assert code == 0 and out.startswith('| field | a | b |') and f'{a} and {b} differ in ' in out and 'k (' in out and 'the same 96 items' in out
+    assert f'run {a} has no \'tise\'' in error(f'diff {a}/tise {b} --store r/store.sqlite', capfd)
+
+
+def test_import_legacy(tmp_path, monkeypatch, capfd):
+    "A results folder and what is refused: one line for all of it, and nothing written"
+    monkeypatch.chdir(tmp_path)
+    for n, right in (('baseline_sq-AL_xlm-roberta-base', 86), ('merging_ties_URIEL_sq-AL_xlm-roberta-base_5lang_ExcTar', 66)):
+        Path(f'study/results/{n}').mkdir(parents=True)
+        Path(f'study/results/{n}/results.json').write_text(json.dumps(dict(performance=dict(accuracy=right/100, correct_predictions=right, total_predictions=100))))
+    code, out, _ = typed('import-legacy study --store s.sqlite', capfd)
+    assert code == 0 and out.endswith('2 scores of 2 runs recorded in s.sqlite; 0 left out, as the table says\n')
+    out = typed('report --store s.sqlite', capfd)[1]
+    assert '| ties | merge | 0.660 | 0.563 | 0.745 | 1 | 0.000 | 100 |' in out # Wilson's interval of 66 in 100 is [.5626, .7454]
+    Path('study/results/ties_5lang_sq-AL').mkdir()
+    Path('study/results/ties_5lang_sq-AL/results.json').write_text('{}')
+    assert '1 things in study are ambiguous, and nothing was imported: - results/ties_5lang_sq-AL/results.json: the name is none of' in error('import-legacy study --store t.sqlite', capfd)
+    assert 'absent has no results.json' in error('import-legacy absent --store t.sqlite', capfd)
 
 
 def test_report_averages_seeds(here, capfd):
@@ -290,7 +316,7 @@ def test_report_averages_seeds(here, capfd):
     Store('s.sqlite').record(dict(dataset='y', k=2, seed=0, methods=['ties']), [o|dict(value=.1)])
     out = typed('report --store s.sqlite', capfd)[1]
     assert '| own | baseline | 0.500 | 0.237 | 0.763 | 2 | 0.200 | 10 |' in out # 5 of 10: Wilson's interval is [.2366, .7634]
-    assert '### cy-GB test: x, k=2' in out and '### cy-GB test: y, k=2' in out
+    assert '| x, k=2 | 1 | 2 | 0 | 2 |' in out and '| y, k=2 | 1 | 1 | 0 | 1 |' in out # targets, seeds, merges, scores
 
 
 # ---- what is wrong with what was typed
