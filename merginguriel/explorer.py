@@ -169,7 +169,7 @@ def learned_path(
         raise ValueError("some coefficients are below 0, or all are 0, which has no place on the simplex; search with another constraint")
     return c.div(total, axis=0).assign(sum=total)
 
-# %% ../nbs/67_explorer.ipynb #ed510abc
+# %% ../nbs/67_explorer.ipynb #288ff712
 def _slice(surface, w, shown):
     "Rows of the grid in the triangle of `shown` through the grid point nearest to `w`"
     grid = pd.DataFrame([p.weights for p in surface.points])
@@ -183,7 +183,7 @@ def _place(w, shown):
     t = x.sum(1, keepdims=True)
     return np.where(t>1e-9, x/np.where(t>1e-9, t, 1), 1/3)@np.array([[0,0],[1,0],[.5,3**.5/2]])
 
-_marks = 'Ds^vP*' # Shapes, in the order of the marks
+_marks = 'Ds^vo*' # Shapes, in the order of the marks
 
 def _value(point, score): return point.entropy if score=='entropy' else point.accuracy.value
 def _frame(points): return pd.DataFrame([p.weights for p in points])
@@ -310,7 +310,7 @@ def show(self:Explorer)->None:
     fig.savefig(f, format='png', dpi=90)
     self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)
 
-# %% ../nbs/67_explorer.ipynb #4ae66336
+# %% ../nbs/67_explorer.ipynb #8f6e998e
 def _data(surfaces, path):
     "What the script needs: weights in steps, right answers per class less those of equal weights, differences in 1e-4"
     s = next(iter(surfaces.values()))
@@ -324,7 +324,7 @@ def _data(surfaces, path):
         return dict(right=[(count(p)-count(s.references['uniform'])).tolist() for p in points], entropy=[round(p.entropy, 6) for p in points],
             references={k:count(p).tolist() for k,p in s.references.items()},
             versus={k:[versus(p, ref) for p in points] for k,ref in s.references.items()})
-    weights = (s.steps*_frame([*s.points, *s.marks.values()])).round(4).values.tolist()
+    weights = (s.steps*_frame([*s.points, *s.marks.values()])).round(6).values.tolist()
     steps = [] if path is None else np.unique(np.linspace(0, len(path)-1, 60).round().astype(int)) # 60 points look like a line
     return dict(sources=s.names, steps=s.steps, n=len(codes), classes=list(classes), sizes=np.bincount(codes).tolist(), grid=len(s.points),
         points=[[int(x) if x==int(x) else x for x in w] for w in weights], marks={k:len(s.points)+i for i,k in enumerate(s.marks)},

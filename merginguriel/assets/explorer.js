@@ -63,6 +63,7 @@ const explorer = (() => {
     return e
   }
   const html = (...o) => make(false, ...o), svg = (...o) => make(true, ...o)
+  const shapes = '◆■▲▼●★' // Of the marks, as in `plot_surface`
   const points = x => `${x >= 0 ? '+' : '−'}${Math.abs(100 * x).toFixed(1)}`, percent = x => (100 * x).toFixed(1)
 
   function mount(root, data) {
@@ -88,8 +89,8 @@ const explorer = (() => {
       const shown = html('span', { style: 'font-variant-numeric:tabular-nums' })
       return { input, shown, row: html('label', { style: 'display:grid;grid-template-columns:4.5em 1fr 3em;gap:.5em' }, name, input, shown) }
     })
-    const buttons = html('div', { style: 'margin:.4em 0' }, 'go to ', ...Object.entries(data.marks).map(([name, i]) =>
-      html('button', { type: 'button', style: 'margin-right:.4em', onclick: () => go(i) }, name)))
+    const buttons = html('div', { style: 'margin:.4em 0' }, 'go to ', ...Object.entries(data.marks).map(([name, i], k) =>
+      html('button', { type: 'button', style: 'margin-right:.4em', onclick: () => go(i) }, `${shapes[k]} ${name}`)))
     const picture = html('div', { style: 'flex:0 1 24em' }), words = html('div', { 'aria-live': 'polite' })
     root.replaceChildren(controls, html('div', { style: 'display:flex;flex-wrap:wrap;gap:1em 2em' }, picture,
       html('div', { style: 'flex:1 1 18em' }, ...sliders.map(s => s.row), buttons, words)), html('p', { style: 'font-size:.85em' }, data.note))
@@ -120,28 +121,30 @@ const explorer = (() => {
     const text = (x, y, t, anchor = 'middle') => svg('text', { x, y, 'text-anchor': anchor, 'font-size': 12, fill: 'currentColor' }, t)
     const label = i => state.score === 'entropy' ? value(i).toFixed(3) : `${percent(value(i))} %`
     const frame = (...o) => svg('svg', { viewBox: '0 0 360 360', width: '100%', role: 'img', 'aria-label': `${state.score} of merges of ${data.sources.join(', ')}` }, ...o)
-    const cell = (shape, attributes, i) => {
-      const e = svg(shape, { ...attributes, style: 'cursor:pointer', onclick: () => go(i) })
+    const cell = (shape, attributes, i, ...inside) => {
+      const e = svg(shape, { ...attributes, style: 'cursor:pointer', onclick: () => go(i) }, ...inside)
       e.append(svg('title', {}, `${all[i].map((x, j) => `${data.sources[j]} ${x.toFixed(2)}`).join(', ')}: ${label(i)}`))
       return e
     }
     const ends = (e, show, at) => [Math.min(...e), Math.max(...e)].map((v, k) => text(at[k][0], at[k][1], show(v), at[k][2]))
 
     function triangle() {
-      const use = slice(grid, all[state.at], state.shown), [lo, hi] = range(use), xy = w => { const [x, y] = place(w, state.shown); return [40 + 280 * x, 290 - 280 * y] }
-      const left = Math.round(data.steps * sum(state.shown.map(i => grid[use[0]][i]))), r = 280 / Math.max(left, 1) / Math.sqrt(3)
+      const use = slice(grid, all[state.at], state.shown), [lo, hi] = range(use)
+      const left = Math.max(Math.round(data.steps * sum(state.shown.map(i => grid[use[0]][i]))), 1)
+      const side = Math.min(330 / (1 + 1 / left), 275 / (Math.sqrt(.75) + 2 / left / Math.sqrt(3))), r = side / left / Math.sqrt(3) // All hexagons fit
+      const xy = w => { const [x, y] = place(w, state.shown); return [180 + side * (x - .5), 300 - r - side * y] }
       const hexagon = ([x, y]) => [30, 90, 150, 210, 270, 330].map(a => `${x + r * Math.cos(a * Math.PI / 180)},${y + r * Math.sin(a * Math.PI / 180)}`).join(' ')
       const cells = use.map(i => cell('polygon', { points: hexagon(xy(grid[i])), fill: colour(hi > lo ? (value(i) - lo) / (hi - lo) : .5) }, i))
-      const names = [[40, 325, 'middle'], [320, 325, 'middle'], [180, 25, 'middle']].map(([x, y, a], k) => text(x, y, data.sources[state.shown[k]], a))
+      const names = [[180 - side / 2, 316], [180 + side / 2, 316], [180, 294 - 2 * r - side * Math.sqrt(.75)]].map(([x, y], k) => text(x, y, data.sources[state.shown[k]]))
       const route = (stroke, width) => svg('polyline', { points: data.path.map(w => xy(w).join(',')).join(' '), fill: 'none', stroke, 'stroke-width': width, 'pointer-events': 'none', ...K > 3 && { 'stroke-dasharray': '5 3' } })
       const path = data.path.length ? [route('#000', 4), route('#fff', 2)] : []
-      const diamonds = Object.entries(data.marks).filter(([, i]) => K === 3 || slice(grid, all[i], state.shown).includes(use[0])).map(([name, i]) => {
+      const marks = Object.values(data.marks).map((i, k) => [i, k]).filter(([i]) => K === 3 || slice(grid, all[i], state.shown).includes(use[0])).map(([i, k]) => {
         const [x, y] = xy(all[i])
-        return cell('polygon', { points: `${x - 5},${y} ${x},${y - 5} ${x + 5},${y} ${x},${y + 5}`, fill: '#fff', stroke: '#000' }, i)
+        return cell('text', { x, y, 'text-anchor': 'middle', 'dominant-baseline': 'central', 'font-size': 15, fill: '#fff', stroke: '#000' }, i, shapes[k])
       })
       const [x, y] = xy(all[state.at]), bar = Array.from({ length: 40 }, (_, i) => svg('rect', { x: 120 + 3 * i, y: 340, width: 3.2, height: 10, fill: colour(i / 39) }))
       const show = v => state.score === 'entropy' ? v.toFixed(3) : `${percent(v)} %`
-      return frame(...cells, ...path, ...diamonds, svg('circle', { cx: x, cy: y, r: 8, fill: 'none', stroke: '#d55e00', 'stroke-width': 3, 'pointer-events': 'none' }),
+      return frame(...cells, ...path, ...marks, svg('circle', { cx: x, cy: y, r: 8, fill: 'none', stroke: '#d55e00', 'stroke-width': 3, 'pointer-events': 'none' }),
         ...names, ...bar, ...ends([lo, hi], show, [[114, 350, 'end'], [246, 350, 'start']]))
     }
 
