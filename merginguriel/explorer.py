@@ -188,7 +188,7 @@ _marks = 'Ds^vo*' # Shapes, in the order of the marks
 def _value(point, score): return point.entropy if score=='entropy' else point.accuracy.value
 def _frame(points): return pd.DataFrame([p.weights for p in points])
 
-# %% ../nbs/67_explorer.ipynb #e4df3da6
+# %% ../nbs/67_explorer.ipynb #95d6e85d
 def _draw_line(surface, score, path, here, ax):
     name,d = surface.names[1],surface.scores().sort_values(surface.names[1])
     ax.plot(d[name], d[score], '.-', color='#0072b2')
@@ -202,8 +202,8 @@ def _draw_triangle(surface, score, path, here, shown, ax):
     from matplotlib.collections import PolyCollection
     rows = _slice(surface, here.weights, shown)
     d = surface.scores().loc[rows]
-    angles = np.deg2rad(np.arange(30, 390, 60))
-    hexagon = np.stack([np.cos(angles),np.sin(angles)], 1)/3**.5/max(round(surface.steps*d.loc[rows[0],shown].sum()), 1)
+    angles,r = np.deg2rad(np.arange(30, 390, 60)),3**-.5/max(round(surface.steps*d.loc[rows[0],shown].sum()), 1)
+    hexagon = r*np.stack([np.cos(angles),np.sin(angles)], 1)
     cells = ax.add_collection(PolyCollection(_place(d, shown)[:,None]+hexagon, array=d[score], cmap='viridis', edgecolors='face'))
     ax.figure.colorbar(cells, ax=ax, label=score, shrink=.7)
     if path is not None:
@@ -213,7 +213,7 @@ def _draw_triangle(surface, score, path, here, shown, ax):
     for (k,p),m in zip(surface.marks.items(), _marks):
         if set(_slice(surface, p.weights, shown))==set(rows): ax.plot(*_place(_frame([p]), shown).T, m, mfc='w', mec='k', label=k)
     ax.plot(*_place(_frame([here]), shown).T, 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
-    for k,x,y,v in zip(shown, [0,1,.5], [-.1,-.1,.97], ['top','top','bottom']): ax.text(x, y, k, ha='center', va=v)
+    for k,x,y,v in zip(shown, [0,1,.5], [-r-.03,-r-.03,.75**.5+r+.02], ['top','top','bottom']): ax.text(x, y, k, ha='center', va=v)
     ax.set_aspect('equal')
     ax.axis('off')
 
@@ -237,7 +237,7 @@ def plot_surface(
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left' if len(surface.names)>2 else 'best')
     return ax
 
-# %% ../nbs/67_explorer.ipynb #671bcc74
+# %% ../nbs/67_explorer.ipynb #93153c74
 def _together(surfaces):
     "Label -> surface, of one grid and the same texts"
     surfaces = [surfaces] if isinstance(surfaces, Surface) else list(surfaces)
@@ -255,7 +255,8 @@ def _report(surface, now, against):
     d = class_changes(surface.labels, ref.accuracy.correct, a.correct)
     d = pd.concat([d[d.change>0].head(3), d[d.change<0].tail(3)])
     shown = lambda x: f'{100*x:.1f}'
-    table = d.to_html(border=0, formatters=dict(before=shown, now=shown, change=lambda x: f'{100*x:+.1f}')) if len(d) else 'No class changes.'
+    formats = dict(before=shown, now=shown, change=lambda x: f'{100*x:+.1f}')
+    table = d.rename_axis('class').reset_index().to_html(border=0, index=False, formatters=formats) if len(d) else '<br>No class changes.'
     return (f"<b>accuracy {100*a.value:.1f} %</b> [{100*a.low:.1f}, {100*a.high:.1f}], entropy {now.entropy:.3f}<br>"
         f"{100*b.diff:+.1f} points [{100*b.low:+.1f}, {100*b.high:+.1f}] over {against}{table}")
 
