@@ -67,7 +67,7 @@ def move(
     w[name] = share
     return w
 
-# %% ../nbs/67_explorer.ipynb #cd589acd
+# %% ../nbs/67_explorer.ipynb #2fe678b3
 @dataclass
 class Point:
     "One merge, tried on the texts"
@@ -86,10 +86,15 @@ class Surface:
     marks:dict=field(default_factory=dict) # Name -> `Point` of interest
     references:dict=field(default_factory=dict) # 'uniform' and 'best source' -> what others are compared with
     @property
-    def names(self): return list(self.trials.sources)
+    def names(self):
+        "The sources"
+        return list(self.trials.sources)
     @property
-    def label(self): return method_label({'method':self.method, **self.options})
-    def __repr__(self): return f"Surface({self.label}; {len(self.points)} merges of {', '.join(self.names)}; {len(self.trials.data)} texts)"
+    def label(self):
+        "The method as it is called in tables"
+        return method_label({'method':self.method, **self.options})
+    def __repr__(self):
+        return f"Surface({self.label}; {len(self.points)} merges of {', '.join(self.names)}; {len(self.trials.data)} texts)"
 
 # %% ../nbs/67_explorer.ipynb #89a95120
 @patch
@@ -158,7 +163,7 @@ def class_changes(
     out = pd.concat([g.size().rename('texts'), g[['before','now']].mean()], axis=1)
     return out.assign(change=out.now-out.before).sort_values('change', ascending=False, kind='stable')
 
-# %% ../nbs/67_explorer.ipynb #3dceada5
+# %% ../nbs/67_explorer.ipynb #cad8006b
 def learned_path(
     trajectory:pd.DataFrame, # Columns step, group, source, coefficient, as in `AdaResult`
 )->pd.DataFrame: # One row per step: share of each source, and `sum`, which is Σλ
@@ -166,7 +171,8 @@ def learned_path(
     c = trajectory.pivot_table(index='step', columns='source', values='coefficient', sort=False)
     total = c.sum(axis=1)
     if (c<0).any().any() or (total==0).any():
-        raise ValueError("some coefficients are below 0, or all are 0, which has no place on the simplex; search with another constraint")
+        raise ValueError("some coefficients are below 0, or all are 0, which has no place on the simplex; "
+            "search with another constraint")
     return c.div(total, axis=0).assign(sum=total)
 
 # %% ../nbs/67_explorer.ipynb #288ff712
@@ -188,12 +194,12 @@ _marks = 'Ds^vo*' # Shapes, in the order of the marks
 def _value(point, score): return point.entropy if score=='entropy' else point.accuracy.value
 def _frame(points): return pd.DataFrame([p.weights for p in points])
 
-# %% ../nbs/67_explorer.ipynb #95d6e85d
+# %% ../nbs/67_explorer.ipynb #8a9661f9
 def _draw_line(surface, score, path, here, ax):
     name,d = surface.names[1],surface.scores().sort_values(surface.names[1])
     ax.plot(d[name], d[score], '.-', color='#0072b2')
     if score=='accuracy': ax.fill_between(d[name], d.low, d.high, color='#0072b2', alpha=.2, lw=0)
-    if path is not None: ax.plot(path[name], [.02]*len(path), '.', color='#cc79a7', transform=ax.get_xaxis_transform(), label='AdaMerging')
+    if path is not None: ax.plot(path[name], [.02]*len(path), '.', color='#cc79a7', transform=ax.get_xaxis_transform())
     for (k,p),m in zip(surface.marks.items(), _marks): ax.plot(p.weights[name], _value(p, score), m, mfc='w', mec='k', label=k)
     ax.plot(here.weights[name], _value(here, score), 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
     ax.set(xlabel=f'share of {name} (the rest is {surface.names[0]})', ylabel=score)
@@ -217,7 +223,7 @@ def _draw_triangle(surface, score, path, here, shown, ax):
     ax.set_aspect('equal')
     ax.axis('off')
 
-# %% ../nbs/67_explorer.ipynb #d8162e45
+# %% ../nbs/67_explorer.ipynb #6fee081e
 def plot_surface(
     surface:Surface, # From `surface`
     score:str='accuracy', # 'accuracy', or 'entropy'
@@ -234,18 +240,18 @@ def plot_surface(
     if len(surface.names)==2: _draw_line(surface, score, path, here, ax)
     else: _draw_triangle(surface, score, path, here, list(shown or surface.names[:3]), ax)
     ax.set_title(f'{score}, {surface.label}', fontsize='medium')
-    if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left' if len(surface.names)>2 else 'best')
+    if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left')
     return ax
 
-# %% ../nbs/67_explorer.ipynb #93153c74
+# %% ../nbs/67_explorer.ipynb #cc20239f
 def _together(surfaces):
     "Label -> surface, of one grid and the same texts"
     surfaces = [surfaces] if isinstance(surfaces, Surface) else list(surfaces)
     if not surfaces: raise ValueError("there is nothing to explore; give at least one surface")
     what = lambda s: (s.names, s.steps, list(s.marks), s.trials.data._fingerprint)
     for s in surfaces:
-        if what(s)!=what(surfaces[0]): raise ValueError(f"{s.label} and {surfaces[0].label} differ in sources, steps, marks or texts; "
-            "one explorer shows surfaces that share them")
+        if what(s)!=what(surfaces[0]): raise ValueError(f"{s.label} and {surfaces[0].label} differ in sources, steps, marks or "
+            "texts; one explorer shows surfaces that share them")
     return {s.label:s for s in surfaces}
 
 def _report(surface, now, against):
@@ -256,9 +262,9 @@ def _report(surface, now, against):
     d = pd.concat([d[d.change>0].head(3), d[d.change<0].tail(3)])
     shown = lambda x: f'{100*x:.1f}'
     formats = dict(before=shown, now=shown, change=lambda x: f'{100*x:+.1f}')
-    table = d.rename_axis('class').reset_index().to_html(border=0, index=False, formatters=formats) if len(d) else '<br>No class changes.'
+    table = d.rename_axis('class').reset_index().to_html(border=0, index=False, formatters=formats)
     return (f"<b>accuracy {100*a.value:.1f} %</b> [{100*a.low:.1f}, {100*a.high:.1f}], entropy {now.entropy:.3f}<br>"
-        f"{100*b.diff:+.1f} points [{100*b.low:+.1f}, {100*b.high:+.1f}] over {against}{table}")
+        f"{100*b.diff:+.1f} points [{100*b.low:+.1f}, {100*b.high:+.1f}] over {against}{table if len(d) else '<br>No class changes.'}")
 
 # %% ../nbs/67_explorer.ipynb #eb121004
 class Explorer:
@@ -311,36 +317,34 @@ def show(self:Explorer)->None:
     fig.savefig(f, format='png', dpi=90)
     self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)
 
-# %% ../nbs/67_explorer.ipynb #8f6e998e
+# %% ../nbs/67_explorer.ipynb #01ce478d
 def _data(surfaces, path):
     "What the script needs: weights in steps, right answers per class less those of equal weights, differences in 1e-4"
     s = next(iter(surfaces.values()))
     codes,classes = pd.factorize(s.labels, sort=True)
+    points = lambda s: [*s.points, *s.marks.values()]
     count = lambda p: np.bincount(codes, p.accuracy.correct, len(classes)).astype(int)
     def versus(p, ref):
         b = paired_bootstrap(p.accuracy.correct, ref.accuracy.correct)
         return [round(1e4*o) for o in (b.diff, b.low, b.high)]
-    def one(s):
-        points = [*s.points, *s.marks.values()]
-        return dict(right=[(count(p)-count(s.references['uniform'])).tolist() for p in points], entropy=[round(p.entropy, 6) for p in points],
-            references={k:count(p).tolist() for k,p in s.references.items()},
-            versus={k:[versus(p, ref) for p in points] for k,ref in s.references.items()})
-    weights = (s.steps*_frame([*s.points, *s.marks.values()])).round(6).values.tolist()
-    steps = [] if path is None else np.unique(np.linspace(0, len(path)-1, 60).round().astype(int)) # 60 points look like a line
-    return dict(sources=s.names, steps=s.steps, n=len(codes), classes=list(classes), sizes=np.bincount(codes).tolist(), grid=len(s.points),
-        points=[[int(x) if x==int(x) else x for x in w] for w in weights], marks={k:len(s.points)+i for i,k in enumerate(s.marks)},
-        surfaces={k:one(s) for k,s in surfaces.items()}, path=[] if path is None else path[s.names].iloc[steps].round(4).values.tolist(),
-        note=_note(surfaces, path))
+    def one(s): return dict(right=[(count(p)-count(s.references['uniform'])).tolist() for p in points(s)],
+        entropy=[round(p.entropy, 6) for p in points(s)], references={k:count(p).tolist() for k,p in s.references.items()},
+        versus={k:[versus(p, ref) for p in points(s)] for k,ref in s.references.items()})
+    line = [] if path is None else path[s.names].iloc[np.linspace(0, len(path)-1, 60).astype(int)].round(4).values.tolist()
+    return dict(sources=s.names, steps=s.steps, n=len(codes), classes=list(classes), sizes=np.bincount(codes).tolist(),
+        points=(s.steps*_frame(points(s))).round(6).values.tolist(), grid=len(s.points), note=_note(surfaces, path), path=line,
+        marks={k:len(s.points)+i for i,k in enumerate(s.marks)}, surfaces={k:one(s) for k,s in surfaces.items()})
 
 def _note(surfaces, path):
     rho = ', '.join(f'{k} {s.agreement():+.2f}' for k,s in surfaces.items())
-    text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. Entropy needs no labels; the rank "
-        f"correlation of certainty with accuracy over the grid is {rho}. ")
+    text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. Entropy needs no labels; "
+        f"the rank correlation of certainty with accuracy over the grid is {rho}. ")
     if path is None: return text
     a,b = path['sum'].iloc[[0,-1]]
-    return text+f"The line is the way of AdaMerging, λ/Σλ, with Σλ {'1 throughout' if abs(path['sum']-1).max()<1e-6 else f'from {a:.2f} to {b:.2f}'}."
+    total = '1 throughout' if abs(path['sum']-1).max()<1e-6 else f'from {a:.2f} to {b:.2f}'
+    return text+f"The line is the way of AdaMerging, λ/Σλ, with Σλ {total}."
 
-# %% ../nbs/67_explorer.ipynb #ca187d7f
+# %% ../nbs/67_explorer.ipynb #03c9eca1
 def static_explorer(
     surfaces, # A `Surface`, or several of the same sources and texts
     path:pd.DataFrame|None=None, # From `learned_path`
@@ -356,5 +360,5 @@ def static_explorer(
     text = (f'<div data-explorer="{key}">{fallback} (the sliders need JavaScript)</div>\n<script>{{\n{script}\n'
         f"for (const e of document.querySelectorAll('[data-explorer=\"{key}\"]')) explorer.mount(e, {data})\n}}</script>")
     if (n := len(text.encode()))>limit:
-        raise ValueError(f"the page would hold {n/1000:.0f} kB and {limit/1000:.0f} are allowed; take fewer steps, fewer methods or a larger limit")
+        raise ValueError(f"the explorer takes {n/1000:.0f} kB of the page and {limit/1000:.0f} are allowed; take fewer steps or methods")
     return HTML(text)
