@@ -60,9 +60,9 @@ def templates_command():
 
 # %% ../nbs/71_cli.ipynb #8174dd39
 def _base(name):
-    "`name`, or the folder of the mini base where it is 'mini'"
-    from merginguriel.mini import mini_path
-    return mini_path() if name=='mini' else name
+    "`name`, or the folder that it stands for"
+    from merginguriel.mini import base_folder
+    return base_folder(name) if name in ('mini','toy') else name
 
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 

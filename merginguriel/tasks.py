@@ -6,8 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['hub_sources', 'relabelled', 'intent_tasks', 'home_tasks', 'massive_tasks', 'hub_task', 'toy_tasks', 'text_tasks',
-           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'task_base', 'learn_task_masks',
-           'TextScores']
+           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'learn_task_masks', 'TextScores']
 
 # %% ../nbs/64_tasks.ipynb #a06c1c3c
 """Locales of one task share labels; tasks of one language share only the encoder. `text_tasks` cuts MASSIVE, the embedded set, a folder or
@@ -280,8 +279,8 @@ def fit_tasks(
     "Fine-tune the encoder for each task, all from one base"
     from tqdm.auto import tqdm
     if head not in ('names','joint'): raise ValueError(f"head is 'names' or 'joint'; got {head!r}")
-    base,models = task_base(base, out),{}
-    digest = open_checkpoint(resolve_model(base)).digest()
+    base,models = base_folder(base),{}
+    digest = open_checkpoint(base).digest()
     about = config_hash(dict(base=digest, seed=seed, head=head, options=options))
     for k,d in tqdm(tasks.items(), disable=not progress, unit='task', leave=False):
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
@@ -290,20 +289,11 @@ def fit_tasks(
         models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
-def task_base(
-    base, # 'mini', 'toy', or a folder or hub name
-    out:str|Path, # Folder in which a toy base is written
-): # Folder or hub name
-    "The encoder that all tasks start from"
-    if base=='mini': return mini_path()
-    if base!='toy': return base
-    return Path(out)/'toy-base' if (Path(out)/'toy-base').is_dir() else toy_base(Path(out)/'toy-base')
-
 # %% ../nbs/64_tasks.ipynb #f5116939
 def learn_task_masks(
     tasks:dict, # From `text_tasks`
     models:dict, # From `fit_tasks`
-    base, # From `task_base`
+    base, # Folder of the encoder that all tasks start from
     out:str|Path, # Folder for masks; those that are there are not learned again
     shots:int=64, # Training texts of each label
     seed:int=0, # Of their draw
