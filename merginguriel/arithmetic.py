@@ -341,5 +341,5 @@ def plot_forgetting(
         ax.hlines(y+dy, d[old], d[new], color=c, lw=1.5, label=label)
         ax.scatter(d[new], y+dy, color=c, s=16, zorder=3)
     ax.set(yticks=y, yticklabels=d.index, xlabel='accuracy, before (end of line) and after (dot)', xlim=(0,1))
-    ax.legend(frameon=False, fontsize=7)
+    ax.legend(frameon=False, fontsize=7, ncol=2, loc='lower left', bbox_to_anchor=(0, 1))
     return ax
