@@ -369,4 +369,5 @@ def import_legacy_command(
     from merginguriel.store import Store
     df = import_legacy(folder, Store(store))
     print(df.to_string(index=False, na_rep=''))
-    print(f"{df.hash.notna().sum()} scores of {df.hash.nunique()} runs recorded in {store}; {df.hash.isna().sum()} left out, as the table says")
+    left = df.hash.isna().sum()
+    print(f"{len(df)-left} scores of {df.hash.nunique()} runs recorded in {store}; {left} left out, as the table says")

@@ -22,7 +22,7 @@ from .core import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/59_legacy.ipynb #ded5749a
+# %% ../nbs/59_legacy.ipynb #f6fe3068
 _locale = '[a-z]{2}-[A-Z]{2}'
 _forms = [rf'(?P<experiment>baseline)_(?P<target>{_locale})_(?P<base>.+)', rf'(?P<source>{_locale})_on_(?P<target>{_locale})',
     rf'(?P<experiment>merging|ensemble|iterative)_(?P<method>.+%s)_(?P<similarity>URIEL|REAL)_(?P<target>{_locale})_'
@@ -34,8 +34,9 @@ def read_name(
     "What the name of a results folder says; `ValueError` for a name that says nothing known, or two things"
     found = [m.groupdict() for o in _forms for q in ('','?') if (m := re.fullmatch(o.replace('%s', q), name))]
     found = [o for i,o in enumerate(found) if o not in found[:i]]
-    if not found: raise ValueError("the name is none of baseline_LOCALE_BASE, TYPE_METHOD_SIMILARITY_LOCALE_BASE_Klang_MODE and SOURCE_on_TARGET; "
-        "if it leaves out what was merged, find out and rename the folder")
+    if not found:
+        raise ValueError("the name is none of baseline_LOCALE_BASE, TYPE_METHOD_SIMILARITY_LOCALE_BASE_Klang_MODE and SOURCE_on_TARGET; "
+            "if it leaves out what was merged, find out and rename the folder")
     o = found[0]
     if len(found)>1:
         ways = [', '.join(f'{k} {v}' for k,v in w.items() if v!=z.get(k)) for w,z in (found[:2],found[1::-1])]
@@ -46,7 +47,7 @@ def read_name(
     if 'k' in o: o |= dict(k=int(o['k']), include_target=o.pop('mode') in ('IncTar','IT'))
     return o
 
-# %% ../nbs/59_legacy.ipynb #55dc312c
+# %% ../nbs/59_legacy.ipynb #4022ba92
 def _score(value, right=None, n=None):
     "An accuracy that is one"
     if value is None or value!=value: raise ValueError("there is no accuracy; evaluate the model again, or take the file away")
@@ -62,12 +63,13 @@ def _entry(file, config, name, split='test', note='', **score):
 def _named(o):
     "Name of the model, and the configuration without what the name says"
     if 'source' in o:
-        if o['base'].startswith('nxn_eval_'): raise ValueError(f"the folder {o['base']} has a date for a name; rename it to the base of its models")
+        if o['base'].startswith('nxn_eval_'):
+            raise ValueError(f"the folder {o['base']} has a date for a name; name it after the base of its models")
         return 'own' if o['source']==o['target'] else f"source:{o['source']}", dict(experiment='nxn', target=o['target'], base=o['base'])
     if o['experiment']=='baseline': return 'own',o
     return o['method'],{k:v for k,v in o.items() if k!='method'}|dict(methods=[o['method']])
 
-# %% ../nbs/59_legacy.ipynb #38bb16fd
+# %% ../nbs/59_legacy.ipynb #e5de55ae
 def _details(path, o):
     "Sources and weights of a merge, by the file that the study wrote beside it"
     text = path.read_text(encoding='utf-8')
@@ -75,8 +77,9 @@ def _details(path, o):
     sources,weights,target = find('Locale'),find('Weight'),find('Target Language')
     if len(sources)!=len(weights): raise ValueError(f"{path.name} names {len(sources)} locales and {len(weights)} weights")
     if target and target[0]!=o['target']: raise ValueError(f"the folder is of {o['target']} and {path.name} of {target[0]}")
-    if (o['target'] in sources)!=o['include_target']: raise ValueError(f"the folder says {'IncTar' if o['include_target'] else 'ExcTar'} and "
-        f"{path.name} has {', '.join(sources)}, {'with' if o['target'] in sources else 'without'} {o['target']}")
+    mode,there = 'IncTar' if o['include_target'] else 'ExcTar','with' if o['target'] in sources else 'without'
+    if (mode=='IncTar')!=(there=='with'):
+        raise ValueError(f"the folder says {mode} and {path.name} has {', '.join(sources)}, {there} {o['target']}")
     return dict(sources=sources, weights=dict(zip(sources, map(float, weights))))
 
 def _result(path, file):
@@ -102,8 +105,9 @@ def _matrix(path, file):
         except ValueError as e: raise ValueError(f"{s} on {t}: {e}") from e
     return out
 
-# %% ../nbs/59_legacy.ipynb #1516d4fe
-_columns = dict(locale='target', method='method', similarity_type='similarity', num_languages='k', model_family='base', experiment_type='experiment')
+# %% ../nbs/59_legacy.ipynb #cfdcdc63
+_columns = dict(locale='target', method='method', similarity_type='similarity', num_languages='k', model_family='base',
+    experiment_type='experiment')
 
 def _run(r, file):
     if r['status']!='completed': return _entry(file, dict(target=r['locale']), r['method'], note=r['status'])
@@ -118,7 +122,8 @@ def _run(r, file):
 def _table(path, file):
     with closing(sqlite3.connect(f'{path.absolute().as_uri()}?mode=ro', uri=True)) as con:
         con.row_factory = sqlite3.Row
-        if not con.execute("select 1 from sqlite_master where name='experiments'").fetchone(): raise ValueError("there is no table experiments")
+        if not con.execute("select 1 from sqlite_master where name='experiments'").fetchone():
+            raise ValueError("there is no table experiments; take the file away")
         rows,out,faults = [dict(o) for o in con.execute('select * from experiments order by id')],[],[]
     if rows and (absent := {*_columns,'status','include_target','accuracy','ablation_name','config_json','results_dir'}-set(rows[0])):
         raise ValueError(f"the table experiments has no column {', '.join(sorted(absent))}")
@@ -128,16 +133,17 @@ def _table(path, file):
     if faults: raise ValueError('; '.join(faults))
     return out
 
-# %% ../nbs/59_legacy.ipynb #664e6017
+# %% ../nbs/59_legacy.ipynb #9f6f27a1
 def _core(e): return {k:v for k,v in e['config'].items() if k not in ('origin','sources','weights','ablation','settings')}
 
 def _unite(entries):
     "The entries, each once, and what they contradict"
     faults,kept = [],{}
-    folders = {Path(e['file']).parent.name:e for e in entries if e['file'].endswith('results.json') and e['config'].get('experiment')!='nxn'}
+    folders = {Path(e['file']).parent.name:e for e in entries if e['file'].endswith('results.json')}
     def same(a, b):
-        if (_core(a),a['name'])!=(_core(b),b['name']): faults.append(f"{b['file']} is another run than {a['file']}, the folder that it names")
-        elif abs(a['value']-b['value'])>5e-5: faults.append(f"{b['file']} has the accuracy {b['value']:.4f}, {a['file']} has {a['value']:.4f}")
+        where = f"{b['file']} has the accuracy {b['value']:.4f}, {a['file']} has {a['value']:.4f}"
+        if (_core(a),a['name'])!=(_core(b),b['name']): faults.append(f"{b['file']} is another run than {a['file']}, which it names")
+        elif abs(a['value']-b['value'])>5e-5: faults.append(where)
     for e in entries:
         if twin := folders.get(e.get('folder')):
             same(twin, e)

@@ -168,8 +168,8 @@ def stored_accuracies(
     df = store.scores(metric='accuracy', **filter)
     c = {h:store.config(h) for h in dict.fromkeys(df.hash)}
     name = {h:config_hash(_closed(o), 8) for h,o in c.items()}
-    df = df.assign(recipe=df.hash.map(name), seed=[c[h].get('seed', 0) for h in df.hash], kind=[_kind(*o) for o in zip(df.name, df.hash.map(c))])
-    df = df.assign(target=df.locale, accuracy=df.value)['recipe target split seed name kind accuracy n items hash'.split()]
+    df = df.assign(recipe=df.hash.map(name), target=df.locale, accuracy=df.value, seed=[c[h].get('seed', 0) for h in df.hash],
+        kind=[_kind(n, c[h]) for n,h in zip(df.name, df.hash)])['recipe target split seed name kind accuracy n items hash'.split()]
     df = df[df.recipe==recipe] if recipe else df
     what = ', '.join(map(str, [*filter.values(), *[recipe]*bool(recipe)]))
     if df.empty: raise MissingDataError(f"{store.path} holds no accuracy{what and f' of {what}'}; run an experiment first")
@@ -211,7 +211,8 @@ def stored_gains(
     if len(rows[['recipe','split']].drop_duplicates())!=1: raise ValueError("gains are of one recipe and one split; "
         f"got {rows.recipe.nunique()} recipes; filter the rows, or pass recipe= to `stored_accuracies`")
     known = list(dict.fromkeys([*baselines_in(rows), *rows.name[rows.kind.isin(['merge','model'])]]))
-    if unknown := [o for o in (*names,*against) if o not in known]: raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
+    if unknown := [o for o in (*names,*against) if o not in known]:
+        raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
     weights = store.scores(metric='weight', hash=list(rows.hash.unique()))
     chosen = {h:{o.removeprefix('source:') for o in d.name} for h,d in weights.groupby('hash')}
     values = {t:{h:dict(zip(e.name, e.accuracy)) for h,e in d.groupby('hash', sort=False)} for t,d in rows.groupby('target', sort=False)}
@@ -247,7 +248,8 @@ def stored_series(
     for _,d in rows.groupby('recipe', sort=False):
         c = store.config(d.hash.iloc[0])
         if x in c: found.setdefault(config_hash(_closed(c, x)), {})[c[x]] = d
-    return sorted((dict(sorted(o.items())) for o in found.values() if len(o)>1), key=lambda o: (len(o),sum(map(len, o.values()))), reverse=True)
+    size = lambda o: (len(o),sum(map(len, o.values())))
+    return sorted((dict(sorted(o.items())) for o in found.values() if len(o)>1), key=size, reverse=True)
 
 # %% ../nbs/53_report.ipynb #99464753
 def plot_ranks(
@@ -261,8 +263,8 @@ def plot_ranks(
     ax.axvspan(r.ranks.iloc[0]-r.cd/2, r.ranks.iloc[0]+r.cd/2, color='#eeeeee', zorder=0)
     ax.hlines(y, r.ranks-r.cd/2, r.ranks+r.cd/2, color=colour, lw=2)
     ax.scatter(r.ranks, y, color=colour, s=28, zorder=3)
-    ax.set(yticks=y, yticklabels=r.ranks.index, ylim=(len(y)-.5,-.5), xlim=(.5,len(y)+.5), xlabel=f'mean rank over {r.targets} targets, 1 = best '
-        f'(critical difference {r.cd:.1f})')
+    ax.set(yticks=y, yticklabels=r.ranks.index, ylim=(len(y)-.5,-.5), xlim=(.5,len(y)+.5),
+        xlabel=f'mean rank over {r.targets} targets, 1 = best (critical difference {r.cd:.1f})')
     return ax
 
 # %% ../nbs/53_report.ipynb #39a76a2d
@@ -308,7 +310,8 @@ def report_tables(
         a = kept[kept.name.isin([*merges,'own','uniform'])].pivot_table(index='target', columns='name', values='accuracy')
         if a.shape[0]>1 and a.shape[1]>2 and not a.isna().any(axis=None):
             c = critical_difference(a)
-            add('ranks', c.ranks.rename('rank').rename_axis('name').reset_index(), critical_difference=c.cd, friedman_p=c.p, targets=c.targets)
+            ranks = c.ranks.rename('rank').rename_axis('name').reset_index()
+            add('ranks', ranks, critical_difference=c.cd, friedman_p=c.p, targets=c.targets)
     runs = rows.drop_duplicates('hash')[['recipe','target','split','seed','hash']].reset_index(drop=True)
     first = lambda df: df[[o for o in ('recipe','target','split') if o in df]+[o for o in df if o not in ('recipe','target','split')]]
     return {k:first(pd.concat(v, ignore_index=True)) for k,v in t.items() if v} | dict(runs=runs)
@@ -339,7 +342,8 @@ class Diff:
 
 def _pair(store, a, b, dataset):
     "Two rows of `Store.scores` on the items that they share"
-    row = dict(a=a['name'], b=b['name'], locale=' '.join(dict.fromkeys([a.locale,b.locale])), split=a.split, accuracy_a=a.value, accuracy_b=b.value)
+    row = dict(a=a['name'], b=b['name'], locale=' '.join(dict.fromkeys([a.locale,b.locale])), split=a.split)
+    row |= dict(accuracy_a=a.value, accuracy_b=b.value)
     if pd.isna(a['items']) or pd.isna(b['items']): return row|dict(items=0, same='not stored')
     A,B = (store.correct(o.hash, o['name'], o.locale, o.split, by_id=True) for o in (a,b))
     both = A.index.intersection(B.index)
@@ -356,17 +360,20 @@ def _fields(a, b):
     return pd.DataFrame([o for o in rows if canonical_json(o[1])!=canonical_json(o[2])], columns=['field','a','b'])
 
 def _in_words(ha, hb, f, row):
-    named = ', '.join(f'{k} ({x} and {y})' if len(f'{x}{y}')<60 else k for k,x,y in f.itertuples(index=False) if not k.startswith('contract.'))
-    said = [f"{ha[:8]} and {hb[:8]} differ in {named}" if len(f) else f"Both are of run {ha[:8]}" if ha==hb else "The configurations are equal"]
+    rows = [o for o in f.itertuples(index=False) if not o.field.startswith('contract.')] # Follows from the others
+    named = ', '.join(f'{k} ({x} and {y})' if len(f'{x}{y}')<60 else k for k,x,y in rows)
+    said = [f"Both are of run {ha[:8]}" if ha==hb else f"{ha[:8]} and {hb[:8]} differ in {named}"]
     if list(f.field)==['seed']: said[0] += ", so what separates them is chance in training"
     what = row['a'] if row['a']==row['b'] else f"{row['a']} and {row['b']}"
     said.append(f"{what}: {100*row['accuracy_a']:.1f} % and {100*row['accuracy_b']:.1f} % on {row['locale']} {row['split']}")
-    if row['same']=='not stored': return '. '.join([*said, "Which items were right is not stored for both, so nothing can be said about chance."])
-    if not row['items']: return '. '.join([*said, "They share no test item, so the difference may be one of test sets."])
+    if row['same']=='not stored': said.append("Which items were right is not stored for both, so nothing can be said about chance.")
+    elif not row['items']: said.append("They share no test item, so the difference may be one of test sets.")
+    if not row['items']: return '. '.join(said)
     items = f"the same {row['items']} items" if row['same']=='all' else f"the {row['items']} items that both answered ({row['same']})"
     verdict = 'more than chance in the items gives' if row['p']<.05 else 'no more than chance in the items may give'
-    said.append(f"On {items} the first is {100*row['diff']:+.1f} points [{100*row['low']:.1f}, {100*row['high']:.1f}] from the second: only the "
-        f"first has {row['only_a']} right, only the second {row['only_b']}, p = {_digits(row['p'])}, {verdict}.")
+    d,low,high = (100*row[k] for k in ('diff','low','high'))
+    said.append(f"On {items} the first is {d:+.1f} points [{low:.1f}, {high:.1f}] from the second: only the first has {row['only_a']} "
+        f"right, only the second {row['only_b']}, p = {_digits(row['p'])}, {verdict}.")
     return '. '.join(said)
 
 def diff(
@@ -385,7 +392,8 @@ def diff(
     on = (['name']*(not na))+['split']
     m = a.reset_index().merge(b.reset_index(), on=[*on,'locale'])
     if m.empty: m = a.reset_index().merge(b.reset_index(), on=on)
-    if m.empty: raise ValueError(f"{ha[:8]} and {hb[:8]} hold no score of the same name and split; name one of each, as {ha[:8]}/{a.name.iloc[0]}")
+    if m.empty: raise ValueError(f"{ha[:8]} and {hb[:8]} hold no score of the same name and split; name one of each, as "
+        f"{ha[:8]}/{a.name.iloc[0]}")
     ca,cb = store.config(ha),store.config(hb)
     rows = [_pair(store, a.loc[i], b.loc[j], ca.get('dataset')) for i,j in zip(m.index_x, m.index_y)]
     scores,f = pd.DataFrame(rows),_fields(_flat(ca), _flat(cb))

@@ -361,7 +361,7 @@ def critical_difference(
     from scipy.stats import friedmanchisquare,studentized_range
     x = accuracies.round(12)
     n,k = x.shape
-    if k<3 or n<2: raise ValueError(f"ranks are of 3 or more names in 2 or more targets; got {k} and {n}; compare a pair with `differences`")
+    if k<3 or n<2: raise ValueError(f"ranks are of 3 or more names in 2 or more targets; got {k} and {n}; compare a pair by `differences`")
     if x.isna().any(axis=None): raise ValueError(f"{x.columns[x.isna().any()][0]} is missing in a target; rank what was run in all of them")
     same = (x.nunique(axis=1)==1).all()
     p = 1. if same else float(friedmanchisquare(*x.to_numpy().T).pvalue)
