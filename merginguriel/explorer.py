@@ -175,10 +175,12 @@ def learned_path(
             "search with another constraint")
     return c.div(total, axis=0).assign(sum=total)
 
-# %% ../nbs/67_explorer.ipynb #288ff712
+# %% ../nbs/67_explorer.ipynb #caef6ea4
+def _frame(points): return pd.DataFrame([p.weights for p in points])
+
 def _slice(surface, w, shown):
     "Rows of the grid in the triangle of `shown` through the grid point nearest to `w`"
-    grid = pd.DataFrame([p.weights for p in surface.points])
+    grid = _frame(surface.points)
     others = grid.columns.difference(shown)
     here = grid.iloc[((grid-w)**2).sum(axis=1).round(12).argmin()]
     return grid[((grid[others]-here[others]).abs()<1e-9).all(axis=1)].index
@@ -189,18 +191,16 @@ def _place(w, shown):
     t = x.sum(1, keepdims=True)
     return np.where(t>1e-9, x/np.where(t>1e-9, t, 1), 1/3)@np.array([[0,0],[1,0],[.5,3**.5/2]])
 
-_marks = 'Ds^vo*' # Shapes, in the order of the marks
-
 def _value(point, score): return point.entropy if score=='entropy' else point.accuracy.value
-def _frame(points): return pd.DataFrame([p.weights for p in points])
+def _shaped(marks): return zip(marks.items(), itertools.cycle('Ds^vo*'))
 
-# %% ../nbs/67_explorer.ipynb #8a9661f9
+# %% ../nbs/67_explorer.ipynb #cd305f02
 def _draw_line(surface, score, path, here, ax):
     name,d = surface.names[1],surface.scores().sort_values(surface.names[1])
     ax.plot(d[name], d[score], '.-', color='#0072b2')
     if score=='accuracy': ax.fill_between(d[name], d.low, d.high, color='#0072b2', alpha=.2, lw=0)
     if path is not None: ax.plot(path[name], [.02]*len(path), '.', color='#cc79a7', transform=ax.get_xaxis_transform())
-    for (k,p),m in zip(surface.marks.items(), _marks): ax.plot(p.weights[name], _value(p, score), m, mfc='w', mec='k', label=k)
+    for (k,p),m in _shaped(surface.marks): ax.plot(p.weights[name], _value(p, score), m, mfc='w', mec='k', label=k)
     ax.plot(here.weights[name], _value(here, score), 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
     ax.set(xlabel=f'share of {name} (the rest is {surface.names[0]})', ylabel=score)
 
@@ -216,7 +216,7 @@ def _draw_triangle(surface, score, path, here, shown, ax):
         xy = _place(path, shown)
         ax.plot(*xy.T, 'k', lw=3.5)
         ax.plot(*xy.T, 'w' if len(surface.names)==3 else 'w--', lw=1.5)
-    for (k,p),m in zip(surface.marks.items(), _marks):
+    for (k,p),m in _shaped(surface.marks):
         if set(_slice(surface, p.weights, shown))==set(rows): ax.plot(*_place(_frame([p]), shown).T, m, mfc='w', mec='k', label=k)
     ax.plot(*_place(_frame([here]), shown).T, 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
     for k,x,y,v in zip(shown, [0,1,.5], [-r-.03,-r-.03,.75**.5+r+.02], ['top','top','bottom']): ax.text(x, y, k, ha='center', va=v)
@@ -243,7 +243,7 @@ def plot_surface(
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left')
     return ax
 
-# %% ../nbs/67_explorer.ipynb #cc20239f
+# %% ../nbs/67_explorer.ipynb #bb43cb62
 def _together(surfaces):
     "Label -> surface, of one grid and the same texts"
     surfaces = [surfaces] if isinstance(surfaces, Surface) else list(surfaces)
@@ -252,7 +252,9 @@ def _together(surfaces):
     for s in surfaces:
         if what(s)!=what(surfaces[0]): raise ValueError(f"{s.label} and {surfaces[0].label} differ in sources, steps, marks or "
             "texts; one explorer shows surfaces that share them")
-    return {s.label:s for s in surfaces}
+    named = {s.label:s for s in surfaces}
+    if len(named)<len(surfaces): raise ValueError(f"each method once; got {[s.label for s in surfaces]}")
+    return named
 
 def _report(surface, now, against):
     "What is said of a point, as HTML"
@@ -294,7 +296,7 @@ class Explorer:
         if not self._quiet: self.go(move(self.weights, change['owner'].description, change['new']))
     def _repr_mimebundle_(self, **kw): return self.box._repr_mimebundle_(**kw)
 
-# %% ../nbs/67_explorer.ipynb #0e75a442
+# %% ../nbs/67_explorer.ipynb #5cdedcfa
 @patch
 def go(self:Explorer,
     weights, # Name -> share, or a list; they sum to 1
@@ -312,7 +314,7 @@ def show(self:Explorer)->None:
     from matplotlib.figure import Figure
     s,f = self.surfaces[self.method.value],BytesIO()
     self.now = s.at(self.weights)
-    fig = Figure(figsize=(4.8, 3.8), layout='constrained')
+    fig = Figure(figsize=(4.8, 3.8))
     plot_surface(s, self.colour.value, self.path, self.now, self.triangle.value, fig.subplots())
     fig.savefig(f, format='png', dpi=90)
     self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)

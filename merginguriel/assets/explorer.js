@@ -90,7 +90,7 @@ const explorer = (() => {
       return { input, shown, row: html('label', { style: 'display:grid;grid-template-columns:4.5em 1fr 3em;gap:.5em' }, name, input, shown) }
     })
     const buttons = html('div', { style: 'margin:.4em 0' }, 'go to ', ...Object.entries(data.marks).map(([name, i], k) =>
-      html('button', { type: 'button', style: 'margin-right:.4em', onclick: () => go(i) }, `${shapes[k]} ${name}`)))
+      html('button', { type: 'button', style: 'margin-right:.4em', onclick: () => go(i) }, `${shapes[k % 6]} ${name}`)))
     const picture = html('div', { style: 'flex:0 1 24em' }), words = html('div', { 'aria-live': 'polite' })
     root.replaceChildren(controls, html('div', { style: 'display:flex;flex-wrap:wrap;gap:1em 2em' }, picture,
       html('div', { style: 'flex:1 1 18em' }, ...sliders.map(s => s.row), buttons, words)), html('p', { style: 'font-size:.85em' }, data.note))
@@ -140,7 +140,7 @@ const explorer = (() => {
       const path = data.path.length ? [route('#000', 4), route('#fff', 2)] : []
       const marks = Object.values(data.marks).map((i, k) => [i, k]).filter(([i]) => K === 3 || slice(grid, all[i], state.shown).includes(use[0])).map(([i, k]) => {
         const [x, y] = xy(all[i])
-        return cell('text', { x, y, 'text-anchor': 'middle', 'dominant-baseline': 'central', 'font-size': 15, fill: '#fff', stroke: '#000' }, i, shapes[k])
+        return cell('text', { x, y, 'text-anchor': 'middle', 'dominant-baseline': 'central', 'font-size': 15, fill: '#fff', stroke: '#000' }, i, shapes[k % 6])
       })
       const [x, y] = xy(all[state.at]), bar = Array.from({ length: 40 }, (_, i) => svg('rect', { x: 120 + 3 * i, y: 340, width: 3.2, height: 10, fill: colour(i / 39) }))
       const show = v => state.score === 'entropy' ? v.toFixed(3) : `${percent(v)} %`
