@@ -144,7 +144,7 @@ def agreement(self:Surface)->float: # In [-1, 1]; NaN where all points score the
     d = self.scores()
     return float(d.accuracy.corr(-d.entropy, 'spearman'))
 
-# %% ../nbs/67_explorer.ipynb #781c7f72
+# %% ../nbs/67_explorer.ipynb #a2c78093
 @patch(as_prop=True)
 def labels(self:Surface)->pd.Series: # Label of each text, by item id
     "What is right"
@@ -155,13 +155,14 @@ def class_changes(
     labels:pd.Series, # Label of each text, by item id
     before:pd.Series, # Whether one model is right, by item id
     now:pd.Series, # The same of another
-)->pd.DataFrame: # One row per label: texts, before, now, change; what gained most on top
+)->pd.DataFrame: # One row per label: texts, before, now, change; what gained most answers on top
     "Accuracy of two models within each class"
     d = pd.DataFrame(dict(label=labels, before=before, now=now))
     if d.isna().any().any(): raise ValueError("labels and models are of different texts; take all three from one data set")
     g = d.astype(dict(before=float, now=float)).groupby('label')
     out = pd.concat([g.size().rename('texts'), g[['before','now']].mean()], axis=1)
-    return out.assign(change=out.now-out.before).sort_values('change', ascending=False, kind='stable')
+    out = out.assign(change=out.now-out.before)
+    return out.loc[(out.change*out.texts).round().sort_values(ascending=False, kind='stable').index]
 
 # %% ../nbs/67_explorer.ipynb #cad8006b
 def learned_path(

@@ -27,10 +27,10 @@ const explorer = (() => {
   }
   // Numbers of right answers in each class at point `i`
   const counts = (s, i) => s.right[i].map((d, c) => s.references.uniform[c] + d)
-  // The classes that gained and lost most, in shares of their texts: at most `k` of each
+  // The classes that gained and lost most answers, at most `k` of each; accuracies are shares of their texts
   const changes = (now, before, sizes, k = 3) => {
     const all = now.map((x, c) => ({ c, before: before[c] / sizes[c], now: x / sizes[c], change: (x - before[c]) / sizes[c] }))
-      .filter(o => o.change).sort((a, b) => b.change - a.change)
+      .filter(o => o.change).sort((a, b) => b.change * sizes[b.c] - a.change * sizes[a.c])
     return all.filter(o => o.change > 0).slice(0, k).concat(all.filter(o => o.change < 0).slice(-k))
   }
   // Where `w` lies in the triangle of the sources `shown`, as [x, y] in the unit triangle
