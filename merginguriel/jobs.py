@@ -16,6 +16,7 @@ merges of models that are there or are trained once."""
 from fastcore.meta import delegates
 from .grids import *
 from .merge import *
+from .data import *
 from .measure import *
 from .trials import *
 from .experiment import *
@@ -44,6 +45,7 @@ def trial(
     target:str, # Locale to build a model for
     method:str='linear', # One method, hyperparameters in brackets
     split:str='dev', # Texts to score on: 'dev' or 'test'
+    texts:int=0, # How many of them, stratified; 0: all
     seed:int=0, # Seed of the head, of fine-tuning and of methods that draw
     out:str='runs', # Folder for models and predictions
     **kwargs, # Of `experiments` and `Experiment`
@@ -59,5 +61,7 @@ def trial(
     models = {o:e.train(o, out) for o in chosen.index}
     w = e.merged_weights(e.compatible(chosen, models, out))
     if methods.traits(name).default=='ones': w = w*len(w)
-    a = Trials(e.start(), {o:models[o] for o in w.index}, e.dataset_of(target, split)).accuracy(name, w, head=e.head, seed=seed, **hp)
+    data = e.dataset_of(target, split)
+    trials = Trials(e.start(), {o:models[o] for o in w.index}, subsample(data, texts) if texts else data)
+    a = trials.accuracy(name, w, head=e.head, seed=seed, **hp)
     return [a.row(name=method_label(e.methods[0]), locale=target, split=split)]

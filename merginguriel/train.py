@@ -80,9 +80,9 @@ def _check_texts(data, what):
         raise ValueError(f"the labels of {what} have no names; make the column a ClassLabel, as load_intents does")
     names = label_names(data)
     if not len(data): raise ValueError(f"{what} is empty; give at least one labelled text")
-    bad = [i for i,o in enumerate(data['text']) if not isinstance(o,str) or not o.strip()]
+    bad = [i for i,o in enumerate(data['text'][:]) if not isinstance(o,str) or not o.strip()]
     if bad: raise ValueError(f"{len(bad)} texts of {what} are empty or no strings, the first in row {bad[0]}")
-    bad = [i for i,o in enumerate(data['label']) if o is None or not 0<=o<len(names)]
+    bad = [i for i,o in enumerate(data['label'][:]) if o is None or not 0<=o<len(names)]
     if bad: raise ValueError(f"{len(bad)} texts of {what} have no label, the first in row {bad[0]}; leave them out")
     return names
 
