@@ -224,7 +224,7 @@ def _draw_triangle(surface, score, path, here, shown, ax):
     ax.set_aspect('equal')
     ax.axis('off')
 
-# %% ../nbs/67_explorer.ipynb #6fee081e
+# %% ../nbs/67_explorer.ipynb #cbb3cd93
 def plot_surface(
     surface:Surface, # From `surface`
     score:str='accuracy', # 'accuracy', or 'entropy'
@@ -240,7 +240,7 @@ def plot_surface(
     here = here or surface.marks['uniform']
     if len(surface.names)==2: _draw_line(surface, score, path, here, ax)
     else: _draw_triangle(surface, score, path, here, list(shown or surface.names[:3]), ax)
-    ax.set_title(f'{score}, {surface.label}', fontsize='medium')
+    ax.set_title(f'{score}, {surface.label}', fontsize='medium', pad=14)
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left')
     return ax
 
@@ -320,7 +320,7 @@ def show(self:Explorer)->None:
     fig.savefig(f, format='png', dpi=90)
     self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)
 
-# %% ../nbs/67_explorer.ipynb #01ce478d
+# %% ../nbs/67_explorer.ipynb #b0379c33
 def _data(surfaces, path):
     "What the script needs: weights in steps, right answers per class less those of equal weights, differences in 1e-4"
     s = next(iter(surfaces.values()))
@@ -342,10 +342,12 @@ def _note(surfaces, path):
     rho = ', '.join(f'{k} {s.agreement():+.2f}' for k,s in surfaces.items())
     text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. Entropy needs no labels; "
         f"the rank correlation of certainty with accuracy over the grid is {rho}. ")
+    if any(len(s.names)>3 for s in surfaces.values()):
+        text += "The triangle holds the other sources at the grid point nearest to the current weights; what lies outside is projected. "
     if path is None: return text
     a,b = path['sum'].iloc[[0,-1]]
     total = '1 throughout' if abs(path['sum']-1).max()<1e-6 else f'from {a:.2f} to {b:.2f}'
-    return text+f"The line is the way of AdaMerging, λ/Σλ, with Σλ {total}."
+    return text+f"The way of AdaMerging is drawn as λ/Σλ, with Σλ {total}."
 
 # %% ../nbs/67_explorer.ipynb #03c9eca1
 def static_explorer(
