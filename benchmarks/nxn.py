@@ -78,7 +78,7 @@ def main():
             m = evaluate.nxn(found, data, bank, **options)
             wall,cpu,spent = time.perf_counter()-wall,time.process_time()-cpu,passes.seconds-before
             rows.append(f'| {turn} | {m.size} | {wall:.1f} | {cpu:.1f} | {spent:.1f} | {spent/wall:.0%} |')
-        size = sum(o.stat().st_size for o in Path(bank).iterdir())
+        size = sum(o.stat().st_size for o in Path(bank).glob("*.parquet"))
     print(f'{len(m)} models × {m.shape[1]} locales, {a.dataset} {a.split}, {a.device} {a.dtype}, {torch.get_num_threads()} threads; '
         f'Python {platform.python_version()}, PyTorch {torch.__version__.split("+")[0]}\n')
     print('| | cells | s | CPU s | s in passes | share |\n|---|---|---|---|---|---|\n'+'\n'.join(rows))

@@ -88,6 +88,15 @@ def plot_across(
     return ax
 
 # %% ../nbs/60_across.ipynb #1ad3be50
+def _members(result):
+    "The merged models, by their names among the accuracies"
+    return {('own' if o==result.experiment.target else f'source:{o}'):result.models[o] for o in result.weights.index}
+
+def _see(result, models, split, out, device):
+    "Name -> predictions of each of `models` for the target's text"
+    data = {split:result.experiment.dataset_of(result.experiment.target, split)}
+    return {k:banked(p, data, Path(out)/'predictions', device)[split] for k,p in models.items()}
+
 def text_scores(
     result, # Of `run`
     out='runs', # Folder that keeps predictions
@@ -96,11 +105,8 @@ def text_scores(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->tuple: # (frame of `label_free_scores`, accuracy of each candidate on test)
     "Label-free scores of everything that could be taken for the target of `result`, and what it turned out to be worth"
-    e,data = result.experiment,{'text':result.experiment.dataset_of(result.experiment.target, split)}
-    see = lambda p: banked(p, data, Path(out)/'predictions', device)['text']
-    sources = {f'source:{o}':see(result.models[o]) for o in result.weights.index if o!=e.target}
-    if e.include_target: sources |= {'own':see(result.models[e.target])}
-    merges = {'uniform':see(result.uniform)} | {k:see(p) for k,p in result.merged.items()}
+    sources = _see(result, _members(result), split, out, device)
+    merges = _see(result, {'uniform':result.uniform, **result.merged}, split, out, device)
     scores = label_free_scores(merges|sources, sources, prior)
     return scores,pd.Series({k:result.accuracies[k].value for k in scores.index})
 
@@ -115,17 +121,14 @@ def yardstick(
 )->list: # One `Accuracy`, or several to average
     "What the merges of `result` are measured against to tell where their points come from"
     if name not in yardsticks: raise ValueError(f"the yardsticks are {', '.join(yardsticks)}; got {name!r}")
-    e,acc = result.experiment,result.accuracies
-    members = {('own' if o==e.target else f'source:{o}'):result.models[o] for o in result.weights.index}
+    acc,members = result.accuracies,_members(result)
     if name=='mean_member': return [acc[k] for k in members]
     if name=='mean_candidate': # Each chosen source is replaced by the average candidate; an own model stays
         each = [a for k,a in acc.items() if k.startswith('source:')]
         return each*sum(k!='own' for k in members) + [acc['own']]*len(each)*('own' in members)
-    see = lambda split, paths: {k:banked(p, {split:e.dataset_of(e.target, split)}, Path(out)/'predictions', device)[split]
-        for k,p in paths.items()}
-    if name=='ensemble': return [ensemble(see('test', members), dict(zip(members, result.weights)))]
+    if name=='ensemble': return [ensemble(_see(result, members, 'test', out, device), dict(zip(members, result.weights)))]
     paths = members | ({'uniform':result.uniform, **result.merged} if name=='dev_choice' else {})
-    dev = {k:accuracy(p).value for k,p in see('dev', paths).items()}
+    dev = {k:accuracy(p).value for k,p in _see(result, paths, 'dev', out, device).items()}
     return [acc[max(dev, key=lambda k: (dev[k],k))]]
 
 # %% ../nbs/60_across.ipynb #21cadc23
@@ -138,14 +141,12 @@ def decompose(
     "Selection, averaging and weighting, which add up to `total`; and the yardsticks against the merge"
     steps = dict(selection=('mean_member','mean_candidate'), averaging=('uniform','mean_member'), weighting=(method,'uniform'),
         total=(method,'mean_candidate')) | {k:(k,method) for k in ('best_source','dev_member','dev_choice','ensemble','own')}
-    targets,sides,frames = by_target(results),{},[]
+    targets = by_target(results)
     groups = {t:item_groups(rs[0]) for t,rs in targets.items()}
-    def side(name):
-        one = lambda rs: [a.correct for r in rs for a in yardstick(r, name, out, device)] if name in yardsticks else answers(rs, name)
-        if name not in sides: sides[name] = {t:one(rs) for t,rs in targets.items()}
-        return sides[name]
-    for step,(a,b) in steps.items(): frames.append(differences(side(a), side(b), (a,b), groups).assign(step=step))
-    return pd.concat(frames, ignore_index=True)
+    def one(rs, name):
+        return [a.correct for r in rs for a in yardstick(r, name, out, device)] if name in yardsticks else answers(rs, name)
+    side = {o:{t:one(rs, o) for t,rs in targets.items()} for pair in steps.values() for o in pair}
+    return pd.concat([differences(side[a], side[b], (a,b), groups).assign(step=s) for s,(a,b) in steps.items()], ignore_index=True)
 
 # %% ../nbs/60_across.ipynb #c4a4d14b
 def plot_decomposition(

@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/cli.html.md"""
 # %% auto #0
 __all__ = ['demo_command', 'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command',
            'select_command', 'merge_command', 'audit_command', 'match_base_command', 'bases_command', 'compat_command',
-           'report_command', 'diff_command', 'import_legacy_command']
+           'sweep_command', 'report_command', 'diff_command', 'import_legacy_command']
 
 # %% ../nbs/71_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. A command reads its arguments, calls the function that does the work and
@@ -60,9 +60,9 @@ def templates_command():
 
 # %% ../nbs/71_cli.ipynb #8174dd39
 def _base(name):
-    "`name`, or the folder of the mini base where it is 'mini'"
-    from merginguriel.mini import mini_path
-    return mini_path() if name=='mini' else name
+    "`name`, or the folder that it stands for"
+    from merginguriel.mini import base_folder
+    return base_folder(name) if name in ('mini','toy') else name
 
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 
@@ -306,6 +306,27 @@ def compat_command(
     for k,m in r.items(): print(f"### {k}\n\n{m.round(3).to_string()}\n")
     if log['missing']: print(f"missing, and NaN above: {', '.join(log['missing'])}")
     print(f"written to {options['output_dir']}")
+
+# %% ../nbs/71_cli.ipynb #70248a6b
+@command('sweep', lambda argv: declared('runner.plan', 'out store')
+    + declared('runner.run_all', 'executor workers retry retries timeout limit address num_gpus'))
+def sweep_command(
+    grid:str, # YAML file: a template or a job, and lists of values for its parameters
+    plan:bool=False, # Only say what there is to do, and what it will take
+    status:bool=False, # Only list the runs that failed or are under way
+    **options, # Those of `plan` and `run_all`
+):
+    "Do the runs of a grid that are left; exit code 1 if one has failed"
+    from merginguriel import runner
+    p = runner.plan(grid, options.pop('out'), options.pop('store'))
+    print(p.summary(options['workers']), flush=True)
+    if plan: return
+    if not status:
+        runner.run_all(p, progress=_tty(), **options)
+        print(p.summary(options['workers']))
+    t = p.table()
+    for h,r in t[t.state.isin(['failed','running'])].iterrows(): print(f"{r.state} {h}: {r.reason if r.state=='failed' else 'now'}")
+    return int((t.state=='failed').any())
 
 # %% ../nbs/71_cli.ipynb #ab52210c
 @command('report', lambda argv: declared('report.as_text', 'format'))

@@ -26,10 +26,10 @@ from . import __version__
 from .core import *
 from .locales import *
 from .checkpoint import *
-from .base_model import *
 from .representation import *
 from .compatibility import *
 from .data import *
+from .mini import *
 from .train import *
 
 # %% ../nbs/48_compute_compatibility_matrix.ipynb #a8a4727f
@@ -191,7 +191,7 @@ def compute_compatibility_matrix(
     metrics = _check(options)
     models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()], seed)
     texts,ids = shared_texts(dataset, text_locale, split, n) if 'cka' in metrics else ([],[])
-    base,cache = _pretrained(pretrained),Path(cache or cache_dir('compatibility'))
+    base,cache = base_folder(pretrained),Path(cache or cache_dir('compatibility'))
     out,log = {},dict(format=1, missing=[k for k,v in models.items() if v is None], ignored=other, options=options)
     log |= dict(seconds={}, bytes_read={}, off_diagonal={}, texts=dict(n=len(texts), hash=config_hash([ids,texts])) if texts else None)
     for m in metrics:
@@ -212,10 +212,6 @@ def _check(o):
             estimator=('debiased','biased')).items():
         if o[k] not in allowed: raise ValueError(f"{k} is one of {', '.join(allowed)}; got {o[k]!r}")
     return list(matrix_files) if o['metric']=='both' else [o['metric']]
-
-def _pretrained(name):
-    from merginguriel.mini import mini_path
-    return mini_path() if name=='mini' else resolve_model(name)
 
 def _write_log(out, log, models, base, cache):
     said = lambda p: p and dict(path=str(p), digest=kept_digest(open_checkpoint(p), cache)[0])

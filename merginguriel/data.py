@@ -251,12 +251,15 @@ def _ids(values, where):
         raise ValueError(f"{where} has the id {twice!r} twice; results are paired by id, so ids are unique")
     return [int(o) for o in values] if all(map(re.compile(r'0|-?[1-9]\d{0,17}').fullmatch, values)) else values
 
-def _dataset(columns, features, info):
-    "What `Dataset.from_dict` makes of `columns`, fingerprint included, without its walk through every value"
+def _dataset(text, label, ids, names, info={}):
+    "What `Dataset.from_dict` makes of texts, label names and ids, fingerprint included, without its walk through every value"
     import pyarrow as pa
-    from datasets import Dataset,DatasetInfo
+    from datasets import ClassLabel,Dataset,DatasetInfo,Features,Value
     from datasets.table import InMemoryTable
-    t = pa.table(columns, schema=features.arrow_schema.remove_metadata())
+    features = Features({'text':Value('string'), 'label':ClassLabel(names=names),
+        'id':Value('int64' if isinstance(ids[0],int) else 'string')})
+    number = {l:i for i,l in enumerate(names)}
+    t = pa.table({'text':text, 'label':[number[o] for o in label], 'id':ids}, schema=features.arrow_schema.remove_metadata())
     return Dataset(InMemoryTable(t), info=DatasetInfo(features=features, **info))
 
 def load_intents(
@@ -269,7 +272,6 @@ def load_intents(
     label_column:str='label', # Of a file: its column of label names
 ): # `datasets.Dataset` with `text` (str), `label` (`ClassLabel`, names sorted) and `id` (int or str)
     "The labelled texts of one `locale` and `split`"
-    from datasets import ClassLabel,Features,Value
     if split not in ('train','dev','test'): raise ValueError(f"the splits are 'train', 'dev' and 'test'; got {split!r}")
     df,names,info = _rows(name_or_path, locale, split, seed, labels, text_column, label_column)
     if labels is not None:
@@ -277,10 +279,7 @@ def load_intents(
         extra = sorted(set(df.label)-set(names))
         if extra: raise ValueError(f"{len(extra)} labels of {name_or_path} are not in `labels`, e.g. {extra[:3]}")
     ids = _ids(df.id, f'{name_or_path} ({locale}, {split})')
-    number = {l:i for i,l in enumerate(names)}
-    features = Features({'text':Value('string'), 'label':ClassLabel(names=names),
-        'id':Value('int64' if isinstance(ids[0],int) else 'string')})
-    return _dataset({'text':df.text.tolist(), 'label':[number[o] for o in df.label.tolist()], 'id':ids}, features, info)
+    return _dataset(df.text.tolist(), df.label.tolist(), ids, names, info)
 
 # %% ../nbs/40_data.ipynb #3384d49b
 def label_names(

@@ -18,6 +18,7 @@ import math
 import numpy as np
 import pandas as pd
 from .evaluate import *
+from .choose import _softmax
 
 # %% ../nbs/54_ensemble.ipynb #81e9626b
 ways = ['majority','weighted_majority','soft','weighted_logits']
@@ -35,9 +36,10 @@ def _check(logits, weights, temperature, how):
     if not (np.isfinite(t).all() and (t>0).all()): raise ValueError(f"temperatures are above 0; got {temperature}")
     return z/t[:,None,None],w/w.sum()
 
-def _softmax(z):
-    p = np.exp(z-z.max(-1, keepdims=True))
-    return p/p.sum(-1, keepdims=True)
+def _scores(z, w, how):
+    if how=='weighted_logits': return np.tensordot(w, z, 1)
+    each = _softmax(z) if how=='soft' else np.eye(z.shape[-1])[z.argmax(-1)]
+    return np.tensordot(w, each, 1)
 
 # %% ../nbs/54_ensemble.ipynb #a8e0da26
 def vote_scores(
@@ -47,10 +49,7 @@ def vote_scores(
     temperature=None, # What the logits are divided by, above 0: one number, or one per model; None: 1
 )->np.ndarray: # (items, classes): shares of votes, mean probabilities, or mean logits
     "What the models together give each class"
-    z,w = _check(logits, weights, temperature, how)
-    if how=='weighted_logits': return np.tensordot(w, z, 1)
-    each = _softmax(z) if how=='soft' else np.eye(z.shape[-1])[z.argmax(-1)]
-    return np.tensordot(w, each, 1)
+    return _scores(*_check(logits, weights, temperature, how), how)
 
 # %% ../nbs/54_ensemble.ipynb #99835221
 def vote(
@@ -60,10 +59,10 @@ def vote(
     temperature=None, # Above 0: one number, or one per model; None: 1
 )->np.ndarray: # Class of each item, (items,)
     "The class that the models agree on; ties by highest summed probability, then lowest id"
-    s = vote_scores(logits, weights, how, temperature)
     z,w = _check(logits, weights, temperature, how)
+    s = _scores(z, w, how)
     tied = s>=s.max(-1, keepdims=True)-1e-12
-    return np.where(tied, np.tensordot(w, _softmax(z), 1), -1).argmax(-1)
+    return np.where(tied, _scores(z, w, 'soft'), -1).argmax(-1)
 
 # %% ../nbs/54_ensemble.ipynb #13da98c6
 def fit_temperature(

@@ -24,7 +24,6 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import *
 from .locales import *
-from .toy import *
 from .checkpoint import *
 from .base_model import *
 from .merge import *
@@ -170,12 +169,6 @@ def check(self:Experiment)->dict: # The contract's record
     return self.contract()
 
 # %% ../nbs/51_experiment.ipynb #13c1791a
-def _base_folder(name):
-    if name=='mini': return mini_path()
-    if name!='toy': return resolve_model(name)
-    path = cache_dir('toy')/'base'
-    return path if (path/'model.safetensors').exists() else toy_base(path)
-
 @patch
 def dataset_of(self:Experiment,
     locale:str, # Locale of the texts
@@ -189,7 +182,7 @@ def dataset_of(self:Experiment,
 @patch
 def start(self:Experiment)->Path: # Folder of a classifier
     "The base with the seeded head from which every source is fine-tuned"
-    return add_head(_base_folder(self.base), label_names(self.dataset_of(self.target,'test')), seed=self.seed)
+    return add_head(base_folder(self.base), label_names(self.dataset_of(self.target,'test')), seed=self.seed)
 
 # %% ../nbs/51_experiment.ipynb #a77f5686
 @patch

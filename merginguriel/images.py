@@ -6,12 +6,12 @@ Docs: https://merginguriel.github.io/merginguriel/images.html.md"""
 
 # %% auto #0
 __all__ = ['new_vit', 'image_base', 'ImageOptions', 'image_options', 'image_classifier', 'answers_to', 'finetune_images',
-           'image_score', 'partitions', 'group_words', 'partition_sums', 'mean_over_seeds']
+           'image_score', 'partitions', 'group_words', 'partition_sums']
 
 # %% ../nbs/66_images.ipynb #e7e23cba
 """`image_base` trains a small ViT on pictures that no task has (`merginguriel.pictures`), `finetune_images` grows a classifier
 for one task from it, or from any ViT or CLIP, and `image_score` tells `Arithmetic` what an encoder gets right.
-`partition_sums` tries all groupings of a few tasks, `mean_over_seeds` says what is left of it when everything is repeated."""
+`partition_sums` tries all groupings of a few tasks."""
 
 # %% ../nbs/66_images.ipynb #0de7a672
 import hashlib,json,math,shutil,time
@@ -29,7 +29,7 @@ from .base_model import *
 from .pictures import *
 from .pictures import _signed
 from .train import *
-from .train import _finished,_load_state,_save_state
+from .train import _epochs,_finished,_step
 from .evaluate import *
 from .arithmetic import *
 
@@ -86,10 +86,7 @@ def _pretrain(model, x, y, n_classes, steps, seed, progress):
         z = model(xb).logits.split([n_classes,*_pretexts.values()], 1)
         loss = sum(F.cross_entropy(o, t) for o,t in zip(z, [y[b],*ways.values()]))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        opt.step()
-        schedule.step()
-        opt.zero_grad(set_to_none=True)
+        _step(opt, schedule, 1.)
         losses.append(loss.item())
     return losses
 
@@ -196,35 +193,25 @@ def answers_to(
 
 # %% ../nbs/66_images.ipynb #394174d7
 def _fit(model, task, o, seed, key, state_file, progress):
-    "Train; returns (best weights, history). After each epoch the state is on disk"
-    from tqdm.auto import tqdm
+    "Train; returns (best weights, history)"
     y,device = torch.from_numpy(task.labels('train')).long(),next(model.parameters()).device
     n,heads = math.ceil(len(y)/o.batch_size),set(head_keys(dict(model.named_parameters())))
     groups = [dict(params=[p for k,p in model.named_parameters() if (k in heads)==h], lr=r) for h,r in ((False,o.lr),(True,o.head_lr))]
     opt = torch.optim.AdamW(groups, weight_decay=o.weight_decay, fused=True)
-    schedule,history,best = _schedule(opt, o.warmup, n*o.epochs),[],None
-    if s := _load_state(state_file, key):
-        for k,v in dict(model=model, opt=opt, schedule=schedule).items(): v.load_state_dict(s[k])
-        history,best = s['history'],s['best']
-    for e in tqdm(range(len(history), o.epochs), disable=not progress, unit='epoch', leave=False):
-        seed_everything(derive_seed(seed, 'epoch', e))
+    schedule = _schedule(opt, o.warmup, n*o.epochs)
+    def train(order, tick):
         model.train()
-        order,total = np.random.default_rng(derive_seed(seed, 'order', e)).permutation(len(y)),0.
-        for b in np.array_split(order, n):
+        total = 0.
+        for b in np.array_split(np.random.default_rng(order).permutation(len(y)), n):
             loss = F.cross_entropy(model(pixel_values=task.pixels('train', b).to(device)).logits, y[b].to(device))
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-            opt.step()
-            schedule.step()
-            opt.zero_grad(set_to_none=True)
+            _step(opt, schedule, o.clip)
             total += loss.item()*len(b)/len(y)
+            tick()
         if not math.isfinite(total): raise ValueError(f"the loss of {task.name} is {total}; lower the learning rate ({o.lr})")
-        history.append(dict(epoch=e+1, loss=total, dev_accuracy=float(answers_to(model, task, 'dev').mean())))
-        if history[-1]['dev_accuracy']>max([h['dev_accuracy'] for h in history[:-1]], default=-1):
-            best = {k:v.cpu().clone() for k,v in model.state_dict().items()}
-        _save_state(state_file, key=key, model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), history=history,
-            best=best)
-    return best,history
+        return total
+    score = lambda: float(answers_to(model, task, 'dev').mean())
+    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, progress=progress)
 
 # %% ../nbs/66_images.ipynb #41687c07
 def finetune_images(
@@ -307,16 +294,3 @@ def partition_sums(
         what = dict(operation='partition', groups=_in_words(p), n_bases=len(p))
         out.append(study.add(what, b.add_bases, names))
     return pd.concat(out, ignore_index=True)
-
-# %% ../nbs/66_images.ipynb #7283d74f
-def mean_over_seeds(
-    rows:pd.DataFrame, # Rows of an experiment with a column `run`, the seed of base and models
-    by:list, # Columns that tell one thing from another
-    value:str='normalised', # Column to average
-)->pd.DataFrame: # Indexed by `by`: mean, low, high, seeds
-    "Mean over seeds of the mean over tasks, with Student's 95 % interval; NaN where there is one seed"
-    from scipy.stats import t
-    m = rows.groupby([*by,'run'], sort=False)[value].mean().groupby(level=list(range(len(by))), sort=False)
-    d = pd.DataFrame(dict(mean=m.mean(), half=m.sem(), seeds=m.count()))
-    half = d.half*t.ppf(.975, (d.seeds-1).where(d.seeds>1))
-    return pd.DataFrame(dict(mean=d['mean'], low=d['mean']-half, high=d['mean']+half, seeds=d.seeds))

@@ -56,7 +56,7 @@ def _round(base, data, folder, weights, method, seed, device, progress, options,
     merged,locals_ = folder/'merged',{o:folder/o for o in data}
     if not (merged/'merge_record.json').exists():
         for o,d in data.items(): finetune(base, d, locals_[o], seed=seed, device=device, progress=progress, **options)
-        start = base if (Path(base)/'merge_record.json').exists() else add_head(base, label_names(d), seed=seed)
+        start = add_head(base, label_names(next(iter(data.values()))), seed=seed)
         merge(start, locals_, merged, method, weights, seed=seed, **hp)
     return merged,locals_
 

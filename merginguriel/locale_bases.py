@@ -7,7 +7,7 @@ Docs: https://merginguriel.github.io/merginguriel/locale_bases.html.md"""
 # %% auto #0
 __all__ = ['designs', 'drawn', 'directions', 'Locales', 'check_design', 'written', 'retained_scores', 'retained_table',
            'smallest_bases', 'merge_weights', 'merge_scores', 'everyone_scores', 'merge_gains', 'forgetting_weights',
-           'forget', 'locale_groups', 'agreement', 'plot_groups']
+           'forget', 'forgetting_table', 'locale_groups', 'agreement', 'plot_groups']
 
 # %% ../nbs/68_locale_bases.ipynb #76b5018d
 """Forty-nine models of one task in forty-nine locales differ from one base by forty-nine task vectors; `merginguriel.bases` keeps M
@@ -181,29 +181,34 @@ def retained_scores(
     return pd.DataFrame(rows).sort_values('locale', kind='stable', ignore_index=True)
 
 # %% ../nbs/68_locale_bases.ipynb #cc05f653
-def _weights(ids, dataset, n):
-    "How often each item is in each of `n` resamples, (n, items); by template where there are templates"
-    code = pd.factorize(pd.Index(item_origins(ids, dataset) or list(ids)))[0]
-    rng,groups = np.random.default_rng(derive_seed(0, 'items', config_hash([str(o) for o in ids]))),code.max()+1
-    return rng.multinomial(groups, np.full(groups, 1/groups), size=n)[:,code].astype(np.float32)
+def _drawn(dataset, n):
+    "A function: right answers by item -> accuracies of `n` resamples of the items, or of their templates; equal items are drawn alike"
+    @cache
+    def weights(ids):
+        code = pd.factorize(pd.Index(item_origins(ids, dataset) or list(ids)))[0]
+        rng,groups = np.random.default_rng(derive_seed(0, 'items', config_hash([str(o) for o in ids]))),code.max()+1
+        w = rng.multinomial(groups, np.full(groups, 1/groups), size=n)[:,code].astype(np.float32)
+        return w/w.sum(1, keepdims=True)
+    return lambda correct: weights(tuple(correct.index))@correct.to_numpy(np.float32)
 
-def _resampled(scores, dataset, n):
+def _over_locales(many):
+    "Means over locales, which are drawn too, of an array (n,) for each of them"
+    locale = np.random.default_rng(0).multinomial(len(many), np.full(len(many), 1/len(many)), size=len(many[0]))
+    return (locale*np.array(many).T).sum(1)/len(many)
+
+def _shares(scores, dataset, n):
     "(design, n_bases) -> retained share, and that of `n` resamples"
-    kept,out = {},{}
-    def seen(ids):
-        if (key := tuple(ids)) not in kept: kept[key] = _weights(ids, dataset, n)
-        return kept[key]
+    draw,out = _drawn(dataset, n),{}
     for key,d in scores.groupby(['design','n_bases'], sort=False):
         points,many = [],[]
         for _,rows in d.groupby('locale'):
             ids = rows.correct.iloc[0].index
-            a,o = (np.mean([c.loc[ids].to_numpy(float) for c in rows[k]], axis=0) for k in ('correct','own_correct'))
+            a,o = (sum(c.loc[ids].astype(float) for c in rows[k])/len(rows) for k in ('correct','own_correct'))
             if not o.any(): raise ValueError(f"the own model of {rows.locale.iloc[0]} has nothing right, so there is nothing to retain")
-            w = seen(ids)
             points.append(a.mean()/o.mean())
-            many.append(np.divide(w@a, w@o, out=np.full(n, np.nan), where=w@o>0)) # A resample of which nothing is right does not count
-        locale = np.random.default_rng(0).multinomial(len(many), np.full(len(many), 1/len(many)), size=n)
-        out[key] = float(np.mean(points)),(locale*np.array(many).T).sum(1)/len(many)
+            a,o = draw(a),draw(o)
+            many.append(np.divide(a, o, out=np.full(n, np.nan), where=o>0)) # A resample of which nothing is right does not count
+        out[key] = float(np.mean(points)),_over_locales(many)
     return out
 
 # %% ../nbs/68_locale_bases.ipynb #d5e6bbe8
@@ -214,7 +219,7 @@ def retained_table(
     n:int=2000, # Resamples
 )->pd.DataFrame: # Indexed by design and n_bases: mean, low, high, locales, runs
     "Mean share of the own accuracy, with a 95 % interval over locales and utterances"
-    cells,rows = _resampled(scores, dataset, n),[]
+    cells,rows = _shares(scores, dataset, n),[]
     sizes = scores.groupby(['design','n_bases']).locale.agg(['nunique','size'])
     for (design,m),(value,many) in cells.items():
         if over:
@@ -286,18 +291,21 @@ def _merges(locales, weights, design, n_bases, mode, blind):
 def merge_gains(
     scores:pd.DataFrame, # Rows of `merge_scores` and `everyone_scores`, those of design 'all' among them
     dataset:str, # Their data set: which utterances have a common origin
-)->pd.DataFrame: # One row per mode and merge: as of `mean_gains`, with mode and accuracy
+    n:int=2000, # Resamples
+)->pd.DataFrame: # One row per mode and merge: as of `mean_gains`, with mode and accuracy; low and high over targets and utterances
     "Mean accuracy of each merge over targets, and its gain over the merge of the task vectors"
-    frames = []
+    draw,frames = _drawn(dataset, n),[]
     for mode,d in scores.groupby('mode', sort=False):
         sized = [x if x in ('all','everyone') else f'{x} {m}' for x,m in zip(d.design, d.n_bases)]
         name = pd.Series(sized, d.index)+np.where(d.blind, ', blind', '')
         side = {k:dict(zip(x.target, x.correct)) for k,x in d.groupby(name, sort=False)}
-        base,rows = side.pop('all'),[]
+        base,rows,many = side.pop('all'),[],{}
         for k,x in side.items():
             groups = {t:o for t,c in x.items() if (o := item_origins(c.index, dataset))}
             rows.append(differences(x, {t:base[t] for t in x}, (k,'all'), groups or None))
+            many[k] = _over_locales([draw(c)-draw(base[t].loc[c.index]) for t,c in x.items()])
         m = mean_gains(pd.concat(rows))
+        m[['low','high']] = [np.quantile(many[k], [.025,.975]) for k in m.a]
         frames.append(m.assign(mode=mode, accuracy=[np.mean([c.mean() for c in side[k].values()]) for k in m.a]))
     return pd.concat(frames, ignore_index=True)['mode a b accuracy gain low high p holm better worse targets'.split()]
 
@@ -335,6 +343,9 @@ def others(self:Locales,
     return self._texts[key]
 
 # %% ../nbs/68_locale_bases.ipynb #ceef6b1b
+_tested = ('before','control_before','forgotten','control')
+def _selective(before, control_before, forgotten, control): return (before-forgotten)-(control_before-control)
+
 def forget(
     locales:Locales, # Models and texts
     tasks, # Locales, each to be forgotten by itself
@@ -345,22 +356,38 @@ def forget(
     keep:float=.95, # Part of the accuracy on other locales that must stay, in (0, 1]
     n_dev:int=300, # Dev utterances of the locale
     n_other:int=16, # Dev utterances of each other locale; four times as many of test
-)->pd.DataFrame: # One row per locale: design, n_bases, direction, task, scale, forgotten, before, control, control_before
-    "Accuracy on a forgotten locale and on the others, before and after"
+)->pd.DataFrame: # One row per locale: design, n_bases, direction, task, scale, the four accuracies on test, selective, answers
+    "Accuracy on a forgotten locale and on the others, before and after; `selective`: how much more it lost"
     n_bases,rows = n_bases or len(locales.names),[]
     with written(locales.fit(design, n_bases)) as stored:
         for t in tasks:
             def pair(s, split, n, others):
                 state = cache(lambda: stored().add_tasks(forgetting_weights(locales.names, t, s, direction)))
                 said = dict(design=design, n_bases=n_bases, direction=direction, scale=s, split=split)
-                return [locales.score(k, t, state, d, **said).value
+                return [locales.score(k, t, state, d, **said)
                     for k,d in (('forgotten',locales.texts(t, split, n)),('others',locales.others(t, split, others)))]
             start = pair(0., 'dev', n_dev, n_other)
-            s,_ = choose_forgetting(lambda s: pair(s, 'dev', n_dev, n_other), start[1], keep, scales)
-            (before,control_before),(forgotten,control) = (pair(o, 'test', 0, 4*n_other) for o in (0.,s))
-            rows.append(dict(design=design, n_bases=n_bases, direction=direction, task=t, scale=s, forgotten=forgotten, before=before,
-                control=control, control_before=control_before))
+            s,_ = choose_forgetting(lambda s: [a.value for a in pair(s, 'dev', n_dev, n_other)], start[1].value, keep, scales)
+            a = dict(zip(_tested, pair(0., 'test', 0, 4*n_other)+pair(s, 'test', 0, 4*n_other)))
+            rows.append(dict(design=design, n_bases=n_bases, direction=direction, task=t, scale=s)|{k:o.value for k,o in a.items()}
+                | dict(selective=_selective(*(o.value for o in a.values())), answers=[o.correct for o in a.values()]))
     return pd.DataFrame(rows)
+
+# %% ../nbs/68_locale_bases.ipynb #f710f7c1
+def forgetting_table(
+    losses:pd.DataFrame, # From `forget`, one frame or several put together
+    dataset:str, # Their data set: which utterances have a common origin
+    n:int=2000, # Resamples
+)->pd.DataFrame: # Indexed by design, n_bases and direction: means over locales, and the interval of `selective`, low and high
+    "How much more than the others forgotten locales lose on average, with a 95 % interval over locales and utterances"
+    by,many = ['design','n_bases','direction'],{}
+    for _,d in losses.groupby('task'):
+        draw = _drawn(dataset, n) # Its weights are large, and of this locale only
+        for *key,answers in d[[*by,'answers']].itertuples(index=False):
+            many.setdefault(tuple(key), []).append(_selective(*map(draw, answers)))
+    means = losses.groupby(by, sort=False)[['scale',*_tested,'selective']].mean()
+    means[['low','high']] = [np.quantile(_over_locales(many[k]), [.025,.975]) for k in means.index]
+    return means
 
 # %% ../nbs/68_locale_bases.ipynb #ae367888
 def locale_groups(

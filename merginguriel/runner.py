@@ -1,4 +1,4 @@
-"""Execute a parameterised notebook, with every parameter checked before and inside it
+"""Execute a parameterised notebook, or hundreds of runs of a grid, of which none is lost and none done twice
 
 Docs: https://merginguriel.github.io/merginguriel/runner.html.md"""
 
@@ -6,20 +6,30 @@ Docs: https://merginguriel.github.io/merginguriel/runner.html.md"""
 
 # %% auto #0
 __all__ = ['templates', 'find_template', 'template_parameters', 'check_parameters', 'check_namespace', 'passive_threads',
-           'return_memory', 'lean_process', 'run_template', 'last_text']
+           'return_memory', 'lean_process', 'run_template', 'last_text', 'Plan', 'plan', 'run_all']
 
 # %% ../nbs/52_runner.ipynb #fb1c0574
 """An experiment is a notebook with one cell tagged `parameters`; papermill fills that cell in and executes a copy. The
 templates travel with the package (`templates` lists them), so `run_template` works for someone who only installed it.
 papermill merely warns about a parameter that does not exist, and the run then answers another question than was asked; here
 that is an error, found by `check_parameters` before a kernel starts and, inside a template, by `check_namespace` however the
-notebook was started."""
+notebook was started.
+
+A sweep is a grid of parameters. `plan` checks it and says what it will cost; `run_all` does what is left, in processes of this
+machine or on a Ray cluster. A run is the hash of its configuration, and it is finished when its scores are in the store; what was
+interrupted starts afresh, what failed is kept with its reason."""
 
 # %% ../nbs/52_runner.ipynb #25101fb8
-import ast,atexit,difflib,gc,inspect,os
+import ast,atexit,builtins,gc,inspect,json,os,resource,shutil,sys,tempfile,threading,time
+from collections import Counter,deque
+from concurrent.futures import ThreadPoolExecutor,as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from fastcore.basics import patch
 from .core import *
+from .workers import *
+from .grids import *
 
 # %% ../nbs/52_runner.ipynb #5c550c8d
 def _template_folders():
@@ -59,11 +69,6 @@ def template_parameters(
 # %% ../nbs/52_runner.ipynb #907e1afa
 _types = dict(str=str, int=int, float=(int,float), bool=bool)
 
-def _unknown(k, known):
-    near = difflib.get_close_matches(k, known, n=1)
-    hint = f' did you mean {near[0]!r}?' if near else ''
-    return ValueError(f"unknown parameter {k!r};{hint} this notebook has {', '.join(known)}")
-
 def _check_type(name, kind, v):
     if kind in _types and (not isinstance(v, _types[kind]) or (isinstance(v, bool) and kind!='bool')):
         hint = " (papermill makes numbers of -p and YAML of -y, where `no` is False: pass text with -r)" if kind=='str' else ''
@@ -74,9 +79,11 @@ def check_parameters(
     params:dict, # Name -> value
 )->None:
     "Raise unless every one of `params` is declared by `notebook` and has its type"
-    known = template_parameters(notebook)
+    _check(template_parameters(notebook), params)
+
+def _check(known, params, owner='this notebook'):
     for k,v in params.items():
-        if k not in known: raise _unknown(k, known)
+        if k not in known: raise unknown_name(k, known, owner=owner)
         _check_type(k, known[k][0], v)
 
 # %% ../nbs/52_runner.ipynb #60f53fbd
@@ -89,7 +96,7 @@ def check_namespace(
     declared = namespace.get('__annotations__', {})
     names = [k for k,v in namespace.items() if not (k.startswith('_') or k in _ipython or isinstance(v, ModuleType) or callable(v))]
     unknown = [k for k in names if k not in declared]
-    if unknown: raise _unknown(unknown[0], declared)
+    if unknown: raise unknown_name(unknown[0], declared)
     for k in names: _check_type(k, getattr(declared[k], '__name__', str(declared[k])), namespace[k])
 
 # %% ../nbs/52_runner.ipynb #e68e5ef1
@@ -99,10 +106,11 @@ def passive_threads()->None:
 
 # %% ../nbs/52_runner.ipynb #64ad9f53
 def return_memory()->bool: # Whether the C library took it; others than glibc have no such setting
-    "Give freed blocks of 4 MB and more back to the system at once, in this process"
+    "Give large freed blocks back to the system at once and use small ones again, whichever thread freed them"
     import ctypes
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if os.name=='posix' else None
-    return bool(mallopt and mallopt(-3, 4<<20)) # M_MMAP_THRESHOLD
+    settings = [(-3,16<<20), (-1,32<<20), (-8,1)] # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
+    return bool(mallopt) and all([mallopt(k, v) for k,v in settings])
 
 def lean_process()->None:
     "What a process that is one command can do to start, work and end with less"
@@ -111,21 +119,8 @@ def lean_process()->None:
     return_memory()
 
 # %% ../nbs/52_runner.ipynb #eea75612
-def run_template(
-    name:str|Path, # Template name such as 'exctar', or a notebook path
-    out:str|Path|None=None, # Folder for the executed copy and for what the template writes; None: the template's own
-    progress:bool=True, # Show papermill's progress over cells
-    **params, # Parameters of the template
-)->Path: # The executed notebook
-    "Check `params`, execute the template with them and return the executed copy"
+def _execute(path, dest, params, progress=False):
     import papermill
-    path = find_template(name)
-    known = {k:v for k,(_,v,_) in template_parameters(path).items()}
-    if out is not None and 'out' in known: params['out'] = str(out)
-    check_parameters(path, params)
-    used = known|params
-    label = '-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])
-    dest = Path(out or used.get('out') or 'runs')/f'{label}.ipynb'
     dest.parent.mkdir(parents=True, exist_ok=True)
     quiet = ['--IPKernelApp.log_level=ERROR'] # A kernel's remarks about its transport are no concern of the reader
     try:
@@ -136,6 +131,22 @@ def run_template(
         raise MerginGurielError(f"{e.ename}: {last} (in cell {e.exec_count} of {dest}, which is executed up to there)") from e
     return dest
 
+def run_template(
+    name:str|Path, # Template name such as 'exctar', or a notebook path
+    out:str|Path|None=None, # Folder for the executed copy and for what the template writes; None: the template's own
+    progress:bool=True, # Show papermill's progress over cells
+    **params, # Parameters of the template
+)->Path: # The executed notebook
+    "Check `params`, execute the template with them and return the executed copy"
+    path = find_template(name)
+    known = {k:v for k,(_,v,_) in template_parameters(path).items()}
+    if out is not None and 'out' in known: params['out'] = str(out)
+    check_parameters(path, params)
+    used = known|params
+    label = '-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])
+    dest = Path(out or used.get('out') or 'runs')/f'{label}.ipynb'
+    return _execute(path, dest, params, progress)
+
 # %% ../nbs/52_runner.ipynb #6d835c94
 def last_text(
     notebook:str|Path, # An executed notebook
@@ -145,3 +156,275 @@ def last_text(
     cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type=='code' and c.source.strip()]
     outs = cells[-1].outputs if cells else []
     return '\n'.join((o.get('text') or o.get('data', {}).get('text/plain', '')).strip() for o in outs if o.get('name')!='stderr').strip()
+
+# %% ../nbs/52_runner.ipynb #124b2d64
+def _parameters(kind, name):
+    "Name -> (type name, default, comment) of a template or job"
+    if kind=='template': return template_parameters(name)
+    ps = inspect.signature(find_job(name)).parameters.values()
+    return {o.name:(getattr(o.annotation, '__name__', str(o.annotation)), o.default, '') for o in ps}
+
+# %% ../nbs/52_runner.ipynb #9e9073a2
+@dataclass
+class Plan:
+    "The runs of a grid"
+    kind:str # 'template' or 'job'
+    name:str # Path of the template, or name of the job
+    runs:dict # Id -> configuration, whose hash the id is
+    out:Path # Folder of executed notebooks, models and predictions
+    store:Path # File of the result store
+    notices:list # What the reader of the grid should know
+
+def _owner(grid):
+    "Kind, name, and what the configuration of each run says of them"
+    if 'job' in grid: return 'job', grid['job'], dict(job=grid['job'])
+    import nbformat
+    path = find_template(grid['template']).absolute()
+    code = [c.source for c in nbformat.read(path, as_version=4).cells
+        if c.cell_type=='code' and 'parameters' not in c.metadata.get('tags', [])]
+    return 'template', str(path), dict(template=path.stem, code=config_hash(code))
+
+def plan(
+    grid:str|Path|dict, # A YAML file, or what is in one
+    out:str|Path|None=None, # Folder for what the runs write; None: that of the grid, or `runs`
+    store:str|Path|None=None, # File of the result store; None: that of the grid, or `store.sqlite` in `out`
+)->Plan:
+    "Check `grid` and lay out its runs"
+    grid = read_grid(grid)
+    kind,name,fixed = _owner(grid)
+    known = {k:v for k,v in _parameters(kind, name).items() if k not in ('out','store')}
+    if own := set(known)&{'template','code','job'}: raise ValueError(f"{name} has a parameter {own.pop()!r}, a sweep's own name")
+    out = Path(out or grid.get('out') or 'runs').absolute()
+    defaults,settings,runs = {k:v[1] for k,v in known.items()},grid_settings(grid, known),{}
+    for params in settings:
+        _check(known, params, fixed.get('template', name))
+        config = fixed|defaults|{k:float(v) if known[k][0]=='float' else v for k,v in params.items()} # 1 and 1.0 are one run
+        lack = [k for k,v in config.items() if v is inspect.Parameter.empty]
+        if lack: raise ValueError(f"{name} needs {', '.join(lack)}; give it among the parameters")
+        runs[config_hash(config)] = config
+    if not runs: raise ValueError("the grid has no run left; exclude less")
+    twice = len(settings)-len(runs)
+    return Plan(kind, name, runs, out, Path(store or grid.get('store') or out/'store.sqlite').absolute(),
+        [f"{twice} of {len(settings)} runs are there twice, and are done once"]*bool(twice))
+
+# %% ../nbs/52_runner.ipynb #a6b56957
+_costs = ['seconds','cpu_seconds','memory_bytes','written_bytes']
+_assumed = dict(template=[60.,60.,1e9,1e8], job=[5.,5.,1e9,1e7]) # Of one run, where none was measured
+
+@patch
+def measured(self:Plan)->tuple: # What each run took, and its parameters: two frames, one row per run
+    "Finished runs of this template or job, in this grid or not"
+    import pandas as pd
+    from merginguriel.store import Store
+    config = next(iter(self.runs.values()))
+    params = [k for k in config if k not in (self.kind,'code')]
+    d = Store(self.store).scores(name='run') if self.store.exists() else pd.DataFrame(columns=['hash'])
+    d = d[d[self.kind]==config[self.kind]] if self.kind in d else d[:0]
+    if d.empty: return pd.DataFrame(columns=_costs),pd.DataFrame(columns=params)
+    params = pd.DataFrame({k:d[f'config.{k}'] if f'config.{k}' in d else d.get(k) for k in params}, index=d.index)
+    costs = d.pivot(index='hash', columns='metric', values='value')
+    return costs,params.set_index(d.hash)[~d.hash.duplicated().to_numpy()].loc[costs.index]
+
+def _predict(seconds, params, runs):
+    "Seconds of `runs` from those measured with `params`"
+    import numpy as np, pandas as pd
+    x = pd.get_dummies(pd.concat([params, runs]).astype(str)).to_numpy(float)
+    mean,y = x[:len(params)].mean(0),seconds-seconds.mean()
+    a = x[:len(params)]-mean
+    return np.clip(seconds.mean()+(x[len(params):]-mean)@np.linalg.solve(a.T@a+np.eye(a.shape[1]), a.T@y), seconds.min(), seconds.max())
+
+@patch
+def table(self:Plan): # Id -> state, seconds (measured or predicted), reason of a failure, parameters
+    "One row per run; its state is finished, failed, running or pending"
+    import pandas as pd
+    (m,params),claims = self.measured(),Claims(f'{self.store}.claims')
+    d = pd.DataFrame(list(self.runs.values()), index=list(self.runs)).drop(columns=[self.kind,'code'], errors='ignore')
+    failed = {h:self._failed(h) for h in d.index.difference(m.index)}
+    reason = pd.Series({h:json.loads(p.read_text())['reason'] for h,p in failed.items() if p.exists()}, d.index, dtype=object)
+    seconds = pd.Series(_assumed[self.kind][0] if m.empty else _predict(m.seconds.to_numpy(), params, d), d.index)
+    seconds.update(m.seconds.astype(float))
+    state = ['finished' if h in m.index else 'failed' if o==o else 'running' if claims.taken(h) else 'pending' for h,o in reason.items()]
+    own = pd.DataFrame(dict(state=state, seconds=seconds, reason=reason), d.index)
+    return pd.concat([own, d.rename(columns={k:f'config.{k}' for k in own})], axis=1)
+
+@patch
+def _failed(self:Plan, h): return self.out/'sweep'/f'{h}.failed.json'
+
+# %% ../nbs/52_runner.ipynb #bc5612da
+def _size(n): return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.1f} MB'
+
+@patch
+def cost(self:Plan,
+    workers:int|None=None, # How many work at once; None: one for each core
+)->dict: # runs left, minutes, written_bytes, memory_bytes, measured: number of runs that this is known from
+    "What the runs that are left will take"
+    t,(m,_),n = self.table(),self.measured(),workers or os.cpu_count()
+    left = t[t.state.isin(['pending','running'])]
+    _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(), m.written_bytes.mean()]
+    return dict(runs=len(left), minutes=left.seconds.sum()/n/60, written_bytes=written*len(left),
+        memory_bytes=memory*min(n, len(left)), measured=len(m))
+
+@patch
+def summary(self:Plan,
+    workers:int|None=None, # As for `cost`
+)->str:
+    "The plan in a few lines: what is done, what is left, what that will take"
+    import psutil
+    t,c,n = self.table(),self.cost(workers),workers or os.cpu_count()
+    states = ', '.join(f'{v} {k}' for k,v in t.state.value_counts().items())
+    basis = f"from {c['measured']} runs" if c['measured'] else "round figures, since none was measured: do a few first, with limit"
+    there = next(o for o in [self.out, *self.out.parents] if o.exists())
+    disk,memory = _size(shutil.disk_usage(there).free),_size(psutil.virtual_memory().available)
+    left = (f"to do: {c['minutes']:.1f} minutes with {n} worker{'s' if n>1 else ''}; writes {_size(c['written_bytes'])} of {disk} free; "
+        f"memory {_size(c['memory_bytes'])} of {memory}\n({basis})")
+    label = next(iter(self.runs.values()))[self.kind]
+    return '\n'.join([f"{label}: {len(t)} runs, {states}", *[left]*bool(c['runs']), *self.notices])
+
+@patch
+def __repr__(self:Plan): return self.summary()
+
+# %% ../nbs/52_runner.ipynb #4f9c2949
+def _usage():
+    "Seconds, CPU seconds, peak of memory and bytes written, of this process and of those it has waited for"
+    us = [resource.getrusage(o) for o in (resource.RUSAGE_SELF,resource.RUSAGE_CHILDREN)]
+    unit = 1 if sys.platform=='darwin' else 1024
+    total = lambda f: float(sum(map(f, us)))
+    return [time.perf_counter(), total(lambda u: u.ru_utime+u.ru_stime), total(lambda u: unit*u.ru_maxrss),
+        total(lambda u: 512*u.ru_oublock)]
+
+def _transient(e):
+    "Whether to try again after `e`"
+    name = getattr(e.__cause__, 'ename', '') # Of an error inside a notebook
+    kind = getattr(builtins, name, Exception) if name else type(e)
+    if kind.__name__=='DeadKernelError' or 'Kernel died' in str(e): return True
+    return issubclass(kind, OSError) and not issubclass(kind, (MerginGurielError,FileNotFoundError,PermissionError,FileExistsError))
+
+def _do(kind, name, params, out, store, dest):
+    "Execute one run; its scores, where it returns them"
+    known = _parameters(kind, name)
+    params = params|{k:str(v) for k,v in dict(out=out, store=store).items() if k in known}
+    if kind=='job': return find_job(name)(**params) or []
+    running = dest.with_suffix('.running.ipynb')
+    _execute(name, running, params)
+    os.replace(running, dest)
+    return []
+
+def _outcome(kind, name, config, out, dest):
+    "The tables of one run, or its error and whether another try is worth it"
+    from merginguriel.store import Store
+    with tempfile.TemporaryDirectory(prefix='merginguriel-') as d:
+        try:
+            store,before = Store(Path(d)/'store.sqlite'),_usage()
+            rows = _do(kind, name, {k:v for k,v in config.items() if k not in (kind,'code')}, out, store.path, dest)
+            after = _usage()
+            after = [b if k=='memory_bytes' else b-a for k,a,b in zip(_costs, before, after)]
+            store.record(config, rows+[dict(name='run', locale='-', split='-', metric=k, value=v) for k,v in zip(_costs, after)])
+            return dict(tables=store.tables())
+        except Exception as e: return dict(error=f'{type(e).__name__}: {e}', again=_transient(e))
+
+def _work(runs, cwd):
+    os.chdir(cwd) # Where relative paths of the parameters begin
+    return [_outcome(*o) for o in runs]
+
+# %% ../nbs/52_runner.ipynb #0ecda971
+class _Sweep:
+    def __init__(self, plan, todo, claims, seconds, n, retries, timeout, bar):
+        from merginguriel.store import Store
+        self.plan,self.todo,self.claims,self.n = plan,deque(todo),claims,n
+        self.retries,self.timeout,self.bar,self.store = retries,timeout,bar,Store(plan.store)
+        self.known_failures = {h for h in todo if plan._failed(h).exists()}
+        self.lock,self.tries,self.stopped,self.seconds = threading.Lock(),Counter(),False,seconds
+
+@patch
+def _settled(self:_Sweep, h): return self.store.has(h) or (self.plan._failed(h).exists() and h not in self.known_failures)
+
+@patch
+def _take(self:_Sweep):
+    "The runs to do next; [] while others have all that is left, None when nothing is"
+    with self.lock:
+        if not self.todo: return None
+        most = 1 if self.timeout or self.seconds is None else max(1, min(int(2/max(self.seconds, .001)), len(self.todo)//(2*self.n)))
+        got,left = [],[]
+        for _ in range(len(self.todo)):
+            h = self.todo.popleft()
+            if len(got)==most or (got and h in self.tries) or not self.claims.take(h): left.append(h)
+            elif self._settled(h): self._close(h)
+            else: got.append(h)
+            if got and (len(got)==most or got[0] in self.tries): break
+        self.todo.extend(left)
+        return got
+
+@patch
+def _close(self:_Sweep, h):
+    self.claims.give_back(h)
+    self.bar.update()
+
+@patch
+def _settle(self:_Sweep, h, outcome):
+    "Record what became of a run, or put it back"
+    import sqlite3
+    failed,error = self.plan._failed(h),outcome.get('error')
+    if not error:
+        try: self.store.absorb(outcome['tables'])
+        except StoreError as e:
+            if isinstance(e.__cause__, sqlite3.Error): raise # Of the store, and not of this run
+            error,outcome = f'StoreError: {e}',dict(again=False)
+    if not error: failed.unlink(missing_ok=True)
+    elif outcome['again'] and self.tries[h]<=self.retries:
+        with self.lock: self.todo.appendleft(h)
+        return self.claims.give_back(h)
+    else:
+        with atomic_write(failed) as f: json.dump(dict(reason=error, run=self.plan.runs[h]), f, indent=1)
+    self._close(h)
+
+# %% ../nbs/52_runner.ipynb #b36f8fae
+@patch
+def _drive(self:_Sweep, worker):
+    "Hand runs to `worker` until none is left"
+    p = self.plan
+    while not self.stopped and (batch := self._take()) is not None:
+        if not batch:
+            time.sleep(.2)
+            continue
+        start = time.perf_counter()
+        for h in batch: self.tries[h] += len(batch)==1
+        runs = [(p.kind, p.name, p.runs[h], p.out, p.out/'sweep'/f'{h}.ipynb') for h in batch]
+        try:
+            outcomes = worker(call_by_name, 'merginguriel.runner:_work', runs, os.getcwd(), timeout=self.timeout)
+            self.seconds = (time.perf_counter()-start)/len(batch)
+        except (WorkerDied,TimeoutError) as e:
+            if self.stopped: return
+            outcomes = [dict(error=f'{type(e).__name__}: {e}', again=isinstance(e, WorkerDied))]*len(batch)
+        for h,o in zip(batch, outcomes): self._settle(h, o)
+
+def run_all(
+    plan:Plan, # From `plan`
+    executor:str='process', # 'process' (processes of this machine) or 'ray' (a Ray cluster, or Ray on this machine)
+    workers:int|None=None, # Runs at once; None: one for each core, of this machine or of the cluster
+    retry:bool=False, # Do the failed runs again too
+    retries:int=2, # Further tries of a run whose process or kernel died, or that met an I/O error
+    timeout:float|None=None, # Seconds after which a run has failed; None: it may take any time
+    limit:int|None=None, # Do this many of the runs, spread over the grid; None: all
+    address:str|None=None, # Ray: 'auto' or the address of a cluster; None: start Ray on this machine
+    num_gpus:float=0., # Ray: GPUs of a run; .25 lets four share one
+    progress:bool=True, # Show a bar of runs, with the time left
+): # `plan.table()` afterwards
+    "Do the runs of `plan` that are left"
+    from tqdm.auto import tqdm
+    t,c = plan.table(),plan.cost(workers)
+    todo = list(t.index[t.state.isin(['pending','running']+['failed']*retry)])
+    if limit: todo = todo[::max(1, -(-len(todo)//limit))]
+    (plan.out/'sweep').mkdir(parents=True, exist_ok=True)
+    if c['written_bytes']>(free := shutil.disk_usage(plan.out).free):
+        raise MerginGurielError(f"the runs would write about {_size(c['written_bytes'])}, and {plan.out} has {_size(free)} free; make room")
+    with (worker_pool(executor, workers, address, num_gpus) as ws, Claims(f'{plan.store}.claims') as claims,
+        tqdm(total=len(todo), disable=not progress, unit='run') as bar):
+        sweep = _Sweep(plan, todo, claims, t.seconds.mean() if c['measured'] else None, len(ws), retries, timeout, bar)
+        with ThreadPoolExecutor(len(ws)) as threads:
+            try:
+                for o in as_completed([threads.submit(sweep._drive, w) for w in ws]): o.result()
+            except BaseException:
+                sweep.stopped = True
+                for w in ws: w.stop()
+                raise
+    return plan.table()

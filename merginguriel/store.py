@@ -203,22 +203,22 @@ def record(self:Store,
     if twice:
         raise StoreError(f"{'/'.join(twice[0])} is given twice; every score needs its own name, locale, split and "
             "metric")
-    self._try(self._write, h, text, rows, replace)
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    self._try(self._write, dict(configs=[(h,text,now)], items=[o for _,o in rows if o], scores=[(h,*r,now) for r,_ in rows]), replace)
     return h
 
 # %% ../nbs/50_store.ipynb #51bc641e
 @patch
-def _write(self:Store, h, text, rows, replace):
-    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+def _write(self:Store, tables, replace):
     with self._connect() as con:
         self._check_version(con)
         with _transaction(con):
-            con.execute('insert or ignore into configs values (?,?,?)', (h,text,now))
-            if con.execute('select config from configs where hash=?', (h,)).fetchone()[0]!=text:
-                raise StoreError(f"two configurations have the hash {h}; add a field to one of them")
-            for row,items in rows:
-                if items: con.execute('insert or ignore into items values (?,?,?)', items)
-                self._put(con, h, row, now, replace)
+            for h,text,now in tables['configs']:
+                con.execute('insert or ignore into configs values (?,?,?)', (h,text,now))
+                if con.execute('select config from configs where hash=?', (h,)).fetchone()[0]!=text:
+                    raise StoreError(f"two configurations have the hash {h}; add a field to one of them")
+            con.executemany('insert or ignore into items values (?,?,?)', tables['items'])
+            for h,*row,now in tables['scores']: self._put(con, h, tuple(row), now, replace)
 
 @patch
 def _put(self:Store, con, h, row, now, replace):
@@ -332,3 +332,22 @@ def correct(self:Store,
         raise MissingDataError(f"{name}/{locale}/{split} of {hash} was recorded without ids, so its items cannot be "
             "paired safely")
     return pd.Series(c, index=json.loads(ids), name=name)
+
+# %% ../nbs/50_store.ipynb #8b7b5e28
+@patch
+def tables(self:Store)->dict: # Name of a table -> its rows
+    "Everything in this store, for `absorb` of another"
+    def read():
+        with self._connect() as con:
+            self._check_version(con)
+            con.execute('begin') # All three of one moment
+            return {t:con.execute(f'select * from {t} order by rowid').fetchall() for t in ('configs','items','scores')}
+    return self._try(read)
+
+@patch
+def absorb(self:Store,
+    tables:dict, # From `tables` of another store
+)->None:
+    "Record all that another store holds, or nothing of it"
+    if self.readonly: raise StoreError(f"{self} is for reading; open it without readonly=True to record")
+    self._try(self._write, tables, False)

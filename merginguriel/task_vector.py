@@ -244,8 +244,11 @@ def iter_products(
             if signs: s += sign_products(x[:-1])
         return at[0],g,s
     for k,parts in groupby(overlapped(one, _cut(base, keys, 1<<19)), lambda o: o[0]):
-        _,g,s = zip(*parts)
-        yield k,sum(g),sum(s) if signs else None
+        _,g,s = next(parts)
+        for _,p,q in parts: # Added up at once: small tensors that stay would pin the memory between them
+            g += p
+            s += q
+        yield k,g,s if signs else None
 
 # %% ../nbs/12_task_vector.ipynb #bb511680
 def _stacked(models, k, rows):

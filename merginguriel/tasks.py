@@ -6,8 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/tasks.html.md"""
 
 # %% auto #0
 __all__ = ['hub_sources', 'relabelled', 'intent_tasks', 'home_tasks', 'massive_tasks', 'hub_task', 'toy_tasks', 'text_tasks',
-           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'task_base', 'learn_task_masks',
-           'TextScores']
+           'few_shot', 'task_sizes', 'label_words', 'name_head', 'fit_tasks', 'learn_task_masks', 'TextScores']
 
 # %% ../nbs/64_tasks.ipynb #a06c1c3c
 """Locales of one task share labels; tasks of one language share only the encoder. `text_tasks` cuts MASSIVE, the embedded set, a folder or
@@ -28,20 +27,14 @@ from .base_model import *
 from .localize import *
 from .home import *
 from .data import *
-from .data import _massive_file,_deal
+from .data import _dataset,_massive_file,_deal
 from .mini import *
 from .train import *
 from .evaluate import *
 from .text_masks import *
 
 # %% ../nbs/64_tasks.ipynb #cdb9d238
-def _dataset(rows, labels):
-    "A data set of rows (text, name of the label, id)"
-    from datasets import ClassLabel,Dataset,Features,Value
-    text,label,ids = map(list, zip(*rows))
-    kind = Value('string' if isinstance(ids[0], str) else 'int64')
-    features = Features(dict(text=Value('string'), label=ClassLabel(names=labels), id=kind))
-    return Dataset.from_dict(dict(text=text, label=[labels.index(o) for o in label], id=ids), features=features)
+def _labelled(rows, names): return _dataset(*map(list, zip(*rows)), names) # Rows (text, name of the label, id)
 
 def _rows(dataset):
     names = label_names(dataset)
@@ -57,7 +50,7 @@ def relabelled(
     if len(labels)<2: raise ValueError(f"a task has two or more labels; got {labels}")
     rows = [(t,names[l],i) for t,l,i in _rows(dataset) if l in names]
     if not rows: raise MissingDataError(f"no text has one of the labels {', '.join(names)}")
-    return _dataset(rows, labels)
+    return _labelled(rows, labels)
 
 # %% ../nbs/64_tasks.ipynb #614f3f07
 def intent_tasks(
@@ -113,7 +106,7 @@ def massive_tasks(
         if not any(o in v for v in named.values()): raise ValueError(f"no utterance names a slot {o!r}; there are "
             f"{', '.join(sorted(set().union(*named.values())))}")
         said = lambda d: [(t,o if o in named[i] else f'no_{o}',i) for t,_,i in _rows(d)]
-        out[f'names_{o}'] = {s:_dataset(said(d), sorted([o,f'no_{o}'])) for s,d in data.items()}
+        out[f'names_{o}'] = {s:_labelled(said(d), sorted([o,f'no_{o}'])) for s,d in data.items()}
     return out
 
 # %% ../nbs/64_tasks.ipynb #520d279d
@@ -152,7 +145,7 @@ def hub_task(
     if not (train and dev and test): raise MissingDataError(f"{path} has {len(train)} training, {len(dev)} dev and {len(test)} "
         "test texts with labels; all three are needed")
     labels = sorted({l for _,l in train+dev+test})
-    make = lambda rows: _dataset([(t,l,i) for i,(t,l) in enumerate(rows)], labels)
+    make = lambda rows: _labelled([(t,l,i) for i,(t,l) in enumerate(rows)], labels)
     return dict(train=make(train), dev=make(dev), test=make(test))
 
 # %% ../nbs/64_tasks.ipynb #79d00461
@@ -164,7 +157,7 @@ def toy_tasks(
     out = dict(topic={s:relabelled(d, dict(lights='lamp', music='song')) for s,d in data.items()})
     for w in words:
         has = lambda t: w if toy_word(w, locale) in t.split() else 'other'
-        out[w] = {s:_dataset([(t,has(t),i) for t,_,i in _rows(d)], sorted([w,'other'])) for s,d in data.items()}
+        out[w] = {s:_labelled([(t,has(t),i) for t,_,i in _rows(d)], sorted([w,'other'])) for s,d in data.items()}
     return out
 
 # %% ../nbs/64_tasks.ipynb #46f2a0bd
@@ -211,7 +204,7 @@ def few_shot(
     rng,y = np.random.default_rng(derive_seed(seed, 'shots')),np.array(dataset['label'][:])
     drawn = np.concatenate([rng.choice(at, shots, len(at)<shots) for at in (np.flatnonzero(y==c) for c in np.unique(y))])
     rows = _rows(dataset)
-    return _dataset([(*rows[j][:2],i) for i,j in enumerate(drawn)], label_names(dataset))
+    return _labelled([(*rows[j][:2],i) for i,j in enumerate(drawn)], label_names(dataset))
 
 # %% ../nbs/64_tasks.ipynb #6f415dee
 def task_sizes(
@@ -286,8 +279,8 @@ def fit_tasks(
     "Fine-tune the encoder for each task, all from one base"
     from tqdm.auto import tqdm
     if head not in ('names','joint'): raise ValueError(f"head is 'names' or 'joint'; got {head!r}")
-    base,models = task_base(base, out),{}
-    digest = open_checkpoint(resolve_model(base)).digest()
+    base,models = base_folder(base),{}
+    digest = open_checkpoint(base).digest()
     about = config_hash(dict(base=digest, seed=seed, head=head, options=options))
     for k,d in tqdm(tasks.items(), disable=not progress, unit='task', leave=False):
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
@@ -296,20 +289,11 @@ def fit_tasks(
         models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
-def task_base(
-    base, # 'mini', 'toy', or a folder or hub name
-    out:str|Path, # Folder in which a toy base is written
-): # Folder or hub name
-    "The encoder that all tasks start from"
-    if base=='mini': return mini_path()
-    if base!='toy': return base
-    return Path(out)/'toy-base' if (Path(out)/'toy-base').is_dir() else toy_base(Path(out)/'toy-base')
-
 # %% ../nbs/64_tasks.ipynb #f5116939
 def learn_task_masks(
     tasks:dict, # From `text_tasks`
     models:dict, # From `fit_tasks`
-    base, # From `task_base`
+    base, # Folder of the encoder that all tasks start from
     out:str|Path, # Folder for masks; those that are there are not learned again
     shots:int=64, # Training texts of each label
     seed:int=0, # Of their draw

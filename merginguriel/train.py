@@ -80,9 +80,9 @@ def _check_texts(data, what):
         raise ValueError(f"the labels of {what} have no names; make the column a ClassLabel, as load_intents does")
     names = label_names(data)
     if not len(data): raise ValueError(f"{what} is empty; give at least one labelled text")
-    bad = [i for i,o in enumerate(data['text']) if not isinstance(o,str) or not o.strip()]
+    bad = [i for i,o in enumerate(data['text'][:]) if not isinstance(o,str) or not o.strip()]
     if bad: raise ValueError(f"{len(bad)} texts of {what} are empty or no strings, the first in row {bad[0]}")
-    bad = [i for i,o in enumerate(data['label']) if o is None or not 0<=o<len(names)]
+    bad = [i for i,o in enumerate(data['label'][:]) if o is None or not 0<=o<len(names)]
     if bad: raise ValueError(f"{len(bad)} texts of {what} have no label, the first in row {bad[0]}; leave them out")
     return names
 
@@ -198,6 +198,12 @@ def _pull(opt, anchor, origin):
     for g in opt.param_groups:
         for p in g['params']: p.lerp_(origin[p], min(1., g['lr']*anchor))
 
+def _step(opt, schedule, clip):
+    torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], clip)
+    opt.step()
+    schedule.step()
+    opt.zero_grad(set_to_none=True)
+
 def _epoch(model, opt, schedule, batches, ids, labels, o, pad_id, device, amp, origin, tick):
     "One pass over the data; returns the mean loss"
     model.train()
@@ -207,11 +213,8 @@ def _epoch(model, opt, schedule, batches, ids, labels, o, pad_id, device, amp, o
             z = model(**pad([ids[i] for i in b], pad_id, device)).logits
         loss = F.cross_entropy(z.float(), labels[b].to(device), label_smoothing=o.label_smoothing)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], o.clip)
         if o.anchor: _pull(opt, o.anchor, origin)
-        opt.step()
-        schedule.step()
-        opt.zero_grad(set_to_none=True)
+        _step(opt, schedule, o.clip)
         total += loss.detach()*len(b)
         tick()
     if not math.isfinite(total): raise ValueError(f"the loss is {total.item()}; lower the learning rate ({o.lr}) and look for odd texts")
@@ -288,35 +291,38 @@ def _load_state(path, key):
     return s
 
 # %% ../nbs/42_train.ipynb #65688d56
-def _accuracy(model, ids, dev, pad_id, device, amp):
-    if ids is None: return None
-    return float((logits(model, ids, pad_id, device=device, amp=amp).argmax(-1)==np.array(dev['label'])).mean())
+def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_file, patience=0, progress=False):
+    "Train and score epoch after epoch from the state on disk, if there is one; returns (best weights, history)"
+    from tqdm.auto import tqdm
+    history,best,parts = [],None,dict(model=model, opt=opt, schedule=schedule)
+    if s := _load_state(state_file, key):
+        for k,v in parts.items(): v.load_state_dict(s[k])
+        history,best = s['history'],s['best']
+    with tqdm(total=steps*epochs, initial=steps*len(history), disable=not progress, unit='step', leave=False) as bar:
+        for e in range(len(history), epochs):
+            if patience and history and len(history)-1-_best(history)>=patience: break
+            seed_everything(derive_seed(seed, 'epoch', e))
+            history.append(dict(epoch=e+1, loss=train(derive_seed(seed, 'order', e), bar.update), dev_accuracy=score()))
+            bar.set_postfix(dev=history[-1]['dev_accuracy'])
+            if _best(history)==e: best = {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
+            if e+1<epochs: _save_state(state_file, key=key, history=history, best=best, **{k:v.state_dict() for k,v in parts.items()})
+    return best,history
 
 def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress):
     "Train, and return (best weights, history)"
-    from tqdm.auto import tqdm
     ids = lambda d: tok(list(d['text']), truncation=True, max_length=o.max_length)['input_ids']
     x,y,dx = ids(data),torch.tensor(data['label']),ids(dev) if dev is not None else None
     lengths,n = np.array([len(i) for i in x]),math.ceil(len(x)/o.batch_size)
     opt,schedule = _optimiser(model, o, n*o.epochs)
     origin = {p:p.detach().clone() for g in opt.param_groups for p in g['params']} if o.anchor else {}
-    history,best = [],None
-    if s := _load_state(state_file, key):
-        model.load_state_dict(s['model']); opt.load_state_dict(s['opt']); schedule.load_state_dict(s['schedule'])
-        history,best = s['history'],s['best']
-    with tqdm(total=n*o.epochs, initial=n*len(history), disable=not progress, unit='step', leave=False) as bar:
-        for e in range(len(history), o.epochs):
-            if o.patience and history and len(history)-1-_best(history)>=o.patience: break
-            seed_everything(derive_seed(seed, 'epoch', e))
-            batches = bucketed_batches(lengths, o.batch_size, derive_seed(seed, 'order', e))
-            loss = _epoch(model, opt, schedule, batches, x, y, o, tok.pad_token_id, device, amp, origin, bar.update)
-            acc = _accuracy(model, dx, dev, tok.pad_token_id, device, amp)
-            history.append(dict(epoch=e+1, loss=loss, dev_accuracy=acc))
-            bar.set_postfix(dev=acc)
-            if _best(history)==e: best = {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
-            if e+1<o.epochs: _save_state(state_file, key=key, model=model.state_dict(), opt=opt.state_dict(),
-                schedule=schedule.state_dict(), history=history, best=best)
-    return best,history
+    def train(order, tick):
+        batches = bucketed_batches(lengths, o.batch_size, order)
+        return _epoch(model, opt, schedule, batches, x, y, o, tok.pad_token_id, device, amp, origin, tick)
+    def score():
+        if dev is None: return None
+        z = logits(model, dx, tok.pad_token_id, device=device, amp=amp)
+        return float((z.argmax(-1)==np.array(dev['label'])).mean())
+    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, o.patience, progress)
 
 def _best(history):
     "Index of the epoch to keep: the highest dev accuracy, the earliest among equals; without dev the last"

@@ -10,7 +10,7 @@ from merginguriel.runner import template_parameters, templates
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'report', 'diff', 'import-legacy']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
 
 
 @pytest.fixture(scope='session')
@@ -81,6 +81,7 @@ BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_s
     ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
     ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
     ('merge', 'merge.merge', 'method head seed replace'), ('audit', 'audit.audit', 'exclude digests'), ('match-base', 'base_model.match_base', 'out seed new_head'),
+    ('sweep', 'runner.run_all', 'executor workers retry retries timeout limit num_gpus'), ('sweep', 'runner.plan', 'out store'),
     ('compat', 'compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric seed layer estimator n')]
 
 @pytest.mark.parametrize('name,place,params', BORROWED)

@@ -3,12 +3,12 @@ under the classifier of its task."""
 import re
 from configparser import ConfigParser
 from pathlib import Path
-import numpy as np, pandas as pd, pytest, torch
-from merginguriel import images, pictures as source
+import numpy as np, pytest, torch
+from merginguriel import images, pictures as source, train
 from merginguriel.checkpoint import open_checkpoint
 from merginguriel.core import IncompatibleError, MissingDataError
 from merginguriel.images import ImageOptions, answers_to, finetune_images, image_base, image_classifier, image_options, image_score, \
-    mean_over_seeds, partition_sums, partitions
+    partition_sums, partitions
 from merginguriel.pictures import hub_task, image_tasks, picture_task, pictures, split_pictures, tiles, vision_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,16 +156,16 @@ def test_a_base_is_trained_once(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(base, small, tmp_path, monkeypatch):
     whole = finetune_images(base, small['digit'], tmp_path/'whole', options=QUICK)
-    save, calls = images._save_state, []
-    def killed(*a, **k):
-        save(*a, **k)
-        calls.append(1)
-        if len(calls) == 2: raise KeyboardInterrupt
-    monkeypatch.setattr(images, '_save_state', killed)
+    save, scored = train._save_state, []
+    def killed(*a, history, **k):
+        save(*a, history=history, **k)
+        if len(history) == 2: raise KeyboardInterrupt
+    monkeypatch.setattr(train, '_save_state', killed)
+    monkeypatch.setattr(images, 'answers_to', lambda *a: scored.append(1) or answers_to(*a))
     with pytest.raises(KeyboardInterrupt): finetune_images(base, small['digit'], tmp_path/'part', options=QUICK)
     assert not (tmp_path/'part').exists()
     finetune_images(base, small['digit'], tmp_path/'part', options=QUICK)
-    assert len(calls) == 3 # one epoch was left
+    assert len(scored) == 3 # one epoch was left
     assert open_checkpoint(tmp_path/'part').digest() == open_checkpoint(whole).digest()
     assert not list(tmp_path.glob('.*.state'))
 
@@ -222,8 +222,3 @@ def test_partitions_are_all_there_and_each_is_one(n, bell):
 
 def test_seven_tasks_are_too_many():
     with pytest.raises(ValueError, match='got 7'): partition_sums(None, 'abcdefg')
-
-def test_the_interval_over_seeds_is_students():
-    d = pd.DataFrame(dict(kind='x', task=list('ababab'), run=[0, 0, 1, 1, 2, 2], normalised=[.1, .3, .3, .5, .5, .7]))
-    m = mean_over_seeds(d, ['kind']).loc['x'] # means .2, .4, .6: standard error .2/√3, Student's factor for two degrees 4.3027
-    assert m['mean'] == pytest.approx(.4) and m.high-m['mean'] == pytest.approx(4.3027*.2/3**.5, abs=1e-4) and m.seeds == 3
