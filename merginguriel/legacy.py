@@ -51,7 +51,7 @@ def read_name(
 def _score(value, right=None, n=None):
     "An accuracy that is one"
     if value is None or value!=value: raise ValueError("there is no accuracy; evaluate the model again, or take the file away")
-    if text := [o for o in (value,right,n) if isinstance(o, (str,bool))]: raise ValueError(f"scores and counts are numbers; got {text[0]!r}")
+    if odd := [o for o in (value,right,n) if isinstance(o, (str,bool))]: raise ValueError(f"scores and counts are numbers; got {odd[0]!r}")
     if not 0<=value<=1: raise ValueError(f"an accuracy is in [0, 1]; got {value}")
     if value==0: raise ValueError("the accuracy is 0.0, which also stood for a missing score; evaluate the model again, or take it away")
     if n and right is not None and abs(right/n-value)>5e-5: raise ValueError(f"the accuracy is {value} and {right} of {n} are right")
