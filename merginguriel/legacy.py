@@ -47,11 +47,12 @@ def read_name(
     if 'k' in o: o |= dict(k=int(o['k']), include_target=o.pop('mode') in ('IncTar','IT'))
     return o
 
-# %% ../nbs/59_legacy.ipynb #4022ba92
+# %% ../nbs/59_legacy.ipynb #8738ef6c
 def _score(value, right=None, n=None):
     "An accuracy that is one"
     if value is None or value!=value: raise ValueError("there is no accuracy; evaluate the model again, or take the file away")
-    if isinstance(value, (str,bool)) or not 0<=value<=1: raise ValueError(f"an accuracy is in [0, 1]; got {value}")
+    if odd := [o for o in (value,right,n) if isinstance(o, (str,bool))]: raise ValueError(f"scores and counts are numbers; got {odd[0]!r}")
+    if not 0<=value<=1: raise ValueError(f"an accuracy is in [0, 1]; got {value}")
     if value==0: raise ValueError("the accuracy is 0.0, which also stood for a missing score; evaluate the model again, or take it away")
     if n and right is not None and abs(right/n-value)>5e-5: raise ValueError(f"the accuracy is {value} and {right} of {n} are right")
     return dict(value=float(value)) if not n or right is None else dict(value=right/n, n=n, right=right)
@@ -59,6 +60,15 @@ def _score(value, right=None, n=None):
 def _entry(file, config, name, split='test', note='', **score):
     config = dict(study='legacy', dataset='massive', origin=file)|{k:v for k,v in config.items() if v is not None}
     return dict(file=file, config=config, name=name, locale=config['target'], split=split, note=note)|score
+
+def _all(f, items):
+    "`f` of the arguments of each (place, arguments), or one error for all that are refused"
+    out,faults = [],[]
+    for place,args in items:
+        try: out.append(f(*args))
+        except ValueError as e: faults.append(f'{place}: {e}')
+    if faults: raise ValueError('; '.join(faults))
+    return out
 
 def _named(o):
     "Name of the model, and the configuration without what the name says"
@@ -69,7 +79,7 @@ def _named(o):
     if o['experiment']=='baseline': return 'own',o
     return o['method'],{k:v for k,v in o.items() if k!='method'}|dict(methods=[o['method']])
 
-# %% ../nbs/59_legacy.ipynb #e5de55ae
+# %% ../nbs/59_legacy.ipynb #f0aa919c
 def _details(path, o):
     "Sources and weights of a merge, by the file that the study wrote beside it"
     text = path.read_text(encoding='utf-8')
@@ -85,6 +95,7 @@ def _details(path, o):
 def _result(path, file):
     o = read_name(path.parent.name)
     d = json.loads(path.read_text(encoding='utf-8'))
+    if not isinstance(d, dict): raise ValueError(f"it holds a {type(d).__name__} in place of evaluation_info and performance")
     info,p,details = d.get('evaluation_info', {}),d.get('performance', {}),path.with_name('merge_details.txt')
     if info.get('locale', o['target'])!=o['target']: raise ValueError(f"the folder is of {o['target']} and the file of {info['locale']}")
     if 'source' in o: o['base'] = path.parent.parent.name
@@ -97,15 +108,12 @@ def _matrix(path, file):
     m = pd.read_csv(path, index_col=0)
     odd = [o for o in [*m.index,*m.columns] if not re.fullmatch(_locale, str(o))]+list(m.index[m.index.duplicated()])
     if odd: raise ValueError(f"rows and columns are locales, each once; got {', '.join(map(str, odd[:3]))}")
-    out = []
-    for s,t in ((s,t) for t in m.columns for s in m.index):
+    def cell(s, t):
         name,config = _named(dict(source=s, target=t, base=path.parent.name))
-        score = dict(note='not evaluated') if pd.isna(m.at[s,t]) else {}
-        try: out.append(_entry(file, config, name, **score or _score(m.at[s,t])))
-        except ValueError as e: raise ValueError(f"{s} on {t}: {e}") from e
-    return out
+        return _entry(file, config, name, **dict(note='not evaluated') if pd.isna(m.at[s,t]) else _score(m.at[s,t]))
+    return _all(cell, [(f'{s} on {t}',(s,t)) for t in m.columns for s in m.index])
 
-# %% ../nbs/59_legacy.ipynb #cfdcdc63
+# %% ../nbs/59_legacy.ipynb #445ae02b
 _columns = dict(locale='target', method='method', similarity_type='similarity', num_languages='k', model_family='base',
     experiment_type='experiment')
 
@@ -124,16 +132,12 @@ def _table(path, file):
         con.row_factory = sqlite3.Row
         if not con.execute("select 1 from sqlite_master where name='experiments'").fetchone():
             raise ValueError("there is no table experiments; take the file away")
-        rows,out,faults = [dict(o) for o in con.execute('select * from experiments order by id')],[],[]
+        rows = [dict(o) for o in con.execute('select * from experiments order by id')]
     if rows and (absent := {*_columns,'status','include_target','accuracy','ablation_name','config_json','results_dir'}-set(rows[0])):
         raise ValueError(f"the table experiments has no column {', '.join(sorted(absent))}")
-    for r in rows:
-        try: out.append(_run(r, f"{file} row {r['id']}"))
-        except ValueError as e: faults.append(f"row {r['id']}: {e}")
-    if faults: raise ValueError('; '.join(faults))
-    return out
+    return _all(_run, [(f"row {r['id']}",(r,f"{file} row {r['id']}")) for r in rows])
 
-# %% ../nbs/59_legacy.ipynb #9f6f27a1
+# %% ../nbs/59_legacy.ipynb #c3504e06
 def _core(e): return {k:v for k,v in e['config'].items() if k not in ('origin','sources','weights','ablation','settings')}
 
 def _unite(entries):
@@ -150,7 +154,7 @@ def _unite(entries):
             twin['config'] |= {k:v for k,v in e['config'].items() if k!='origin'}
             twin['note'] = f"also in {e['file']}"
     for e in (o for o in entries if o.get('folder') not in folders):
-        key = config_hash({k:v for k,v in e['config'].items() if k!='origin'}),e['name'],e['split']
+        key = config_hash({k:v for k,v in e['config'].items() if k not in ('origin','sources','weights')}),e['name'],e['split']
         if 'value' not in e: kept[e['file'],e['name'],e['locale']] = e
         elif key not in kept: kept[key] = e
         else:
