@@ -48,7 +48,7 @@ def _serve(pipe, threads):
             f,args = pickle.loads(calls.get())
             answer = True,f(*args)
         except Exception as e: answer = False,e # The caller's, who asked
-        pipe.send(answer)
+        with suppress(BrokenPipeError): pipe.send(answer) # Nobody waits any more: `listen` ends it
 
 # %% ../nbs/08_workers.ipynb #7a37ebe2
 class Worker:
@@ -150,7 +150,8 @@ def _ray_workers(n, address, num_gpus):
     try: import ray
     except ImportError as e: raise MerginGurielError("executor 'ray' needs Ray; install it with pip install 'merginguriel[cluster]'") from e
     mine = not ray.is_initialized()
-    if mine: ray.init(address=address, num_cpus=None if address else n, log_to_driver=False, include_dashboard=False)
+    local = {} if address else dict(num_cpus=n, include_dashboard=False)
+    if mine: ray.init(address=address, log_to_driver=False, logging_level='warning', **local)
     try:
         remote = ray.remote(_call).options(num_cpus=1, num_gpus=num_gpus, max_retries=0)
         yield [RayWorker(remote) for _ in range(n or int(ray.cluster_resources().get('CPU', 1)))]

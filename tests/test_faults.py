@@ -3,6 +3,7 @@ score is there once, the rest is done when the sweep is started again, and no ha
 
 The jobs are functions of a file that each test has beside its runs; `FAULT` names a file whose removal lets only one run die."""
 import contextlib, json, os, signal, sqlite3, subprocess, sys, textwrap, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import nbformat, numpy as np, pytest
 from merginguriel.core import MerginGurielError
@@ -402,3 +403,65 @@ def test_a_changed_cell_is_a_new_run_and_a_changed_sentence_is_not(here):
     nb.cells.append(nbformat.v4.new_code_cell('1+1'))
     nbformat.write(nb, 'toy.ipynb')
     assert not set(lay_out(g).runs) & set(first)
+
+
+# ---- Ray
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    "Two nodes of one core each, on this machine"
+    from ray.cluster_utils import Cluster
+    folder = tmp_path_factory.mktemp('cluster')
+    (folder/'faultjobs.py').write_text(JOBS)
+    with pytest.MonkeyPatch.context() as env:
+        env.setenv('PYTHONPATH', os.pathsep.join([str(folder), str(ROOT)]))
+        for attempt in range(3): # Ray gives its own processes 15 s to start, which is little on a machine that does much else
+            c = Cluster()
+            try:
+                c.add_node(num_cpus=1, include_dashboard=False)
+                second = c.add_node(num_cpus=1)
+                break
+            except Exception as e:
+                c.shutdown()
+                if attempt == 2: pytest.skip(f'Ray did not start on this machine: {e}')
+        yield c, second
+        c.shutdown()
+
+def on_ray(g, cluster, **kw): return run_all(lay_out(g), 'ray', address=cluster[0].address, progress=False, **kw)
+
+def test_the_same_plan_on_a_cluster(here, cluster):
+    "What processes have done is not done again, and a worker that is killed costs nothing but time"
+    sweep(grid('dies', 3))
+    kept = rows().created.tolist()
+    Path('armed').touch()
+    assert set(on_ray(grid('dies'), cluster).state) == {'finished'} and not Path('armed').exists()
+    assert rows().created.tolist()[:3] == kept
+    whole(range(8))
+
+def test_a_run_that_always_kills_its_process_fails_alone_on_a_cluster(here, cluster):
+    t = on_ray(grid('poison', 5), cluster)
+    assert t[t.state == 'failed'].i.tolist() == [3] and 'WorkerDied' in t.reason.dropna().iloc[0]
+
+def test_a_cluster_that_loses_a_node(here, cluster):
+    g = grid('plain', 16, seconds=.2)
+    with ThreadPoolExecutor(1) as ex:
+        done = ex.submit(on_ray, g, cluster)
+        wait(lambda: finished() >= 4)
+        cluster[0].remove_node(cluster[1], allow_graceful=False)
+        assert set(done.result(timeout=120).state) == {'finished'}
+    whole(range(16))
+
+def test_ray_is_named_where_it_is_missing(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(MerginGurielError, match=r"pip install 'merginguriel\[cluster\]'"): run_all(lay_out(grid('plain', 1)), 'ray')
+
+
+# ---- all at once
+
+def test_a_short_soak(here, monkeypatch, capsys):
+    "The benchmark of 500 runs, with 40"
+    monkeypatch.syspath_prepend(str(ROOT/'benchmarks'))
+    import soak
+    monkeypatch.setattr(sys, 'argv', ['soak.py', '--runs', '40', '--gap', '4', '--seed', '1'])
+    assert soak.main() == 0
+    assert 'every score is there, once' in capsys.readouterr().out
