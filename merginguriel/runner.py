@@ -261,8 +261,8 @@ def cost(self:Plan,
     t,(m,_),n = self.table(),self.measured(),workers or os.cpu_count()
     left = t[t.state.isin(['pending','running'])]
     _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(), m.written_bytes.mean()]
-    return dict(runs=len(left), minutes=left.seconds.sum()/n/60, written_bytes=written*len(left),
-        memory_bytes=memory*min(n, len(left)), measured=len(m))
+    return dict(runs=len(left), minutes=float(left.seconds.sum())/n/60, written_bytes=float(written*len(left)),
+        memory_bytes=float(memory*min(n, len(left))), measured=len(m))
 
 @patch
 def summary(self:Plan,
@@ -314,7 +314,8 @@ def _outcome(kind, name, config, out, dest):
     from merginguriel.store import Store
     with tempfile.TemporaryDirectory(prefix='merginguriel-') as d:
         try:
-            store,before = Store(Path(d)/'store.sqlite'),_usage()
+            store,_ = Store(Path(d)/'store.sqlite'),_parameters(kind, name) # Importing a job is no part of its cost
+            before = _usage()
             rows = _do(kind, name, {k:v for k,v in config.items() if k not in (kind,'code')}, out, store.path, dest)
             after = _usage()
             after = [b if k=='memory_bytes' else b-a for k,a,b in zip(_costs, before, after)]
@@ -343,7 +344,7 @@ def _take(self:_Sweep):
     "The runs to do next; [] while others have all that is left, None when nothing is"
     with self.lock:
         if not self.todo: return None
-        most = 1 if self.timeout or self.seconds is None else max(1, min(int(2/max(self.seconds, .001)), len(self.todo)//(2*self.n)))
+        most = 1 if self.timeout or self.seconds is None else max(1, min(int(2/max(self.seconds, .1)), len(self.todo)//(2*self.n)))
         got,left = [],[]
         for _ in range(len(self.todo)):
             h = self.todo.popleft()

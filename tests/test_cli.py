@@ -7,6 +7,7 @@ from fastcore.docments import docments
 from merginguriel import __version__
 from merginguriel.cli import commands, main, parser
 from merginguriel.runner import template_parameters, templates
+from merginguriel.store import Store
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -350,7 +351,8 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('audit models/sq-AL --base base --sources models --weights .5,.5', 'one finite number for each of de-DE, en-US, sq-AL'),
     ('audit models/sq-AL --base base --sources models --digests', 'which the merged model does not have'),
     ('audit models/sq-AL --base base --sources models --exclude .', 'leaves none'), ('audit m --base base --source models', 'did you mean --sources?'),
-    ('match-base base absent/m', 'absent/m'), ('bases shrink kept', 'the actions of bases are fit, show'), ('bases show absent', 'absent'),
+    ('sweep absent.yaml', 'No such file or directory: absent.yaml'), ('sweep base/config.json', "unknown name"),
+    ('sweep absent.yaml --executer ray', 'did you mean --executor?'), ('match-base base absent/m', 'absent/m'), ('bases shrink kept', 'the actions of bases are fit, show'), ('bases show absent', 'absent'),
     ('bases fit kept --base base --sources models --n-bases 4', 'from 1 to 3'), ('bases fit kept --base base --sources models --kind nmf', 'kind is one of'),
     ('bases fit kept --base base --sources models --n-bases 2 --hp step=3', "unexpected keyword argument 'step'"),
     ('bases fit kept --sources models --n-bases 2', 'required: --base'), ('bases expand kept --task x', 'required: --out'), ('report', 'no store at runs/store.sqlite'), ('report --store models', 'models is a folder'),
@@ -361,6 +363,26 @@ def test_what_is_wrong_is_one_line(text, said, here, capfd):
     before = sorted(p for p in here.iterdir() if p.name != 'cache')
     assert said in error(text, capfd)
     assert sorted(p for p in here.iterdir() if p.name != 'cache') == before, 'something was left'
+
+
+def test_a_sweep_is_planned_done_and_continued(here, capfd, monkeypatch):
+    "One of three runs fails, until what it needs is there and it is asked for again"
+    (here/'clijobs.py').write_text('from pathlib import Path\nfrom merginguriel.grids import job\n@job\ndef square(x:int):\n'
+        '    if x==3: Path("needed").read_text()\n'
+        '    return [dict(name="m", locale="sq-AL", split="dev", metric="value", value=float(x*x))]\n')
+    (here/'grid.yaml').write_text('job: clijobs:square\nparameters: {x: [1, 2, 3]}\n')
+    monkeypatch.syspath_prepend(str(here))
+    code, out, _ = typed('sweep grid.yaml --plan --workers 1', capfd)
+    assert code == 0 and '3 runs, 3 pending' in out and '0.2 minutes with 1 worker' in out and not (here/'runs').exists()
+    code, out, _ = typed('sweep grid.yaml --workers 1', capfd)
+    assert code == 1 and '3 runs, 2 finished, 1 failed' in out and out.splitlines()[-1].endswith("No such file or directory: 'needed'")
+    code, again, _ = typed('sweep grid.yaml --status', capfd)
+    assert code == 1 and again.splitlines()[-1] == out.splitlines()[-1] and out.splitlines()[-1].startswith('failed ')
+    (here/'needed').touch()
+    assert typed('sweep grid.yaml --workers 1', capfd)[0] == 1
+    code, out, _ = typed('sweep grid.yaml --workers 1 --retry', capfd)
+    assert code == 0 and out.splitlines()[-1].endswith('3 runs, 3 finished')
+    assert sorted(Store('runs/store.sqlite').scores(name='m').value) == [1, 4, 9]
 
 
 def test_options_are_not_abbreviated_and_may_have_underscores(here, capfd):
