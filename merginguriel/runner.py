@@ -213,7 +213,7 @@ _assumed = dict(template=[60.,60.,1e9,1e8], job=[5.,5.,1e9,1e7]) # Of one run, w
 
 @patch
 def measured(self:Plan)->tuple: # What each run took, and its parameters: two frames, one row per run
-    "Finished runs of this template or job, in this grid or not"
+    "Finished runs of this template or job, in this grid or not, in the order of recording"
     import pandas as pd
     from merginguriel.store import Store
     config = next(iter(self.runs.values()))
@@ -222,7 +222,7 @@ def measured(self:Plan)->tuple: # What each run took, and its parameters: two fr
     d = d[d[self.kind]==config[self.kind]] if self.kind in d else d[:0]
     if d.empty: return pd.DataFrame(columns=_costs),pd.DataFrame(columns=params)
     params = pd.DataFrame({k:d[f'config.{k}'] if f'config.{k}' in d else d.get(k) for k in params}, index=d.index)
-    costs = d.pivot(index='hash', columns='metric', values='value')
+    costs = d.pivot(index='hash', columns='metric', values='value').loc[d.hash.unique()]
     return costs,params.set_index(d.hash)[~d.hash.duplicated().to_numpy()].loc[costs.index]
 
 def _predict(seconds, params, runs):
@@ -241,7 +241,8 @@ def table(self:Plan): # Id -> state, seconds (measured or predicted), reason of 
     d = pd.DataFrame(list(self.runs.values()), index=list(self.runs)).drop(columns=[self.kind,'code'], errors='ignore')
     failed = {h:self._failed(h) for h in d.index.difference(m.index)}
     reason = pd.Series({h:json.loads(p.read_text())['reason'] for h,p in failed.items() if p.exists()}, d.index, dtype=object)
-    seconds = pd.Series(_assumed[self.kind][0] if m.empty else _predict(m.seconds.to_numpy(), params, d), d.index)
+    late = slice(len(m)//2, None)
+    seconds = pd.Series(_assumed[self.kind][0] if m.empty else _predict(m.seconds.to_numpy()[late], params[late], d), d.index)
     seconds.update(m.seconds.astype(float))
     state = ['finished' if h in m.index else 'failed' if o==o else 'running' if claims.taken(h) else 'pending' for h,o in reason.items()]
     own = pd.DataFrame(dict(state=state, seconds=seconds, reason=reason), d.index)
@@ -260,7 +261,7 @@ def cost(self:Plan,
     "What the runs that are left will take"
     t,(m,_),n = self.table(),self.measured(),workers or os.cpu_count()
     left = t[t.state.isin(['pending','running'])]
-    _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(), m.written_bytes.mean()]
+    _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(), m.written_bytes[len(m)//2:].mean()]
     return dict(runs=len(left), minutes=float(left.seconds.sum())/n/60, written_bytes=float(written*len(left)),
         memory_bytes=float(memory*min(n, len(left))), measured=len(m))
 
