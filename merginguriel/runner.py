@@ -349,7 +349,7 @@ def _take(self:_Sweep):
         got,left = [],[]
         for _ in range(len(self.todo)):
             h = self.todo.popleft()
-            if len(got)==most or (got and h in self.tries) or not self.claims.take(h): left.append(h)
+            if (got and h in self.tries) or not self.claims.take(h): left.append(h)
             elif self._settled(h): self._close(h)
             else: got.append(h)
             if got and (len(got)==most or got[0] in self.tries): break
@@ -417,7 +417,7 @@ def run_all(
     todo = list(t.index[t.state.isin(['pending','running']+['failed']*retry)])
     if limit: todo = todo[::max(1, -(-len(todo)//limit))]
     (plan.out/'sweep').mkdir(parents=True, exist_ok=True)
-    if c['written_bytes']>(free := shutil.disk_usage(plan.out).free):
+    if c['measured'] and c['written_bytes']>(free := shutil.disk_usage(plan.out).free):
         raise MerginGurielError(f"the runs would write about {_size(c['written_bytes'])}, and {plan.out} has {_size(free)} free; make room")
     with (worker_pool(executor, workers, address, num_gpus) as ws, Claims(f'{plan.store}.claims') as claims,
         tqdm(total=len(todo), disable=not progress, unit='run') as bar):

@@ -183,7 +183,9 @@ class Claims:
     def __init__(self,
         folder:str|Path, # Folder of one file per claim, shared by all who claim
     ): self.folder,self.held = Path(folder),{}
-    def __enter__(self): return self
+    def __enter__(self):
+        for o in list(self.folder.glob('*')): self.taken(o.name) # Removes the file of one who is dead
+        return self
     def __exit__(self, *args):
         for o in list(self.held): self.give_back(o)
 
