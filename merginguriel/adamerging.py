@@ -375,7 +375,7 @@ def _elected(scan, sources, weights, hp):
     for block,b,taus in scan():
         o = given(block)
         t = trim(taus, hp['density'], hp['trim_rule'], o['threshold'], o.get('limit'))
-        sign = elect(t, weights.to(t.dtype), hp['zero'], o['majority'])
+        sign = elect(t, weights.to(t.dtype), hp['zero'], o.get('majority'))
         for (name,m),tau in zip(sources.items(), t):
             v = m.read(block.key, block.rows)
             yield block,name,torch.where(tau*sign>0, v, b.to(v.dtype))
