@@ -105,8 +105,9 @@ def _transaction(con):
 # %% ../nbs/50_store.ipynb #4fd5fd06
 @patch
 def _check_version(self:Store, con):
-    v,app = (con.execute(f'pragma {o}').fetchone()[0] for o in ('user_version','application_id'))
-    if app!=_app_id and (app or v or con.execute('select count(*) from sqlite_master').fetchone()[0]):
+    v,app,tables = con.execute("""select user_version, application_id, (select count(*) from sqlite_master)
+        from pragma_user_version, pragma_application_id""").fetchone() # At one moment: another process may be making the file
+    if app!=_app_id and (app or v or tables):
         raise StoreError(f"{self.path} is an SQLite file of another program; give the store a path of its own")
     if v>len(_steps):
         raise StoreError(f"{self.path} has schema version {v} and this merginguriel knows {len(_steps)}; upgrade "

@@ -126,8 +126,8 @@ def lay_out(g): return plan(g, 'out')
 def sweep(g, **kw): return run_all(lay_out(g), progress=False, **dict(workers=2) | kw)
 
 def driver(g, **kw):
-    "A driver of its own, which a test can kill"
-    code = f'from merginguriel.runner import *\nif __name__=="__main__": run_all(plan({g!r}, "out"), progress=False, **{dict(workers=2)|kw!r})'
+    "A driver of its own, which a test can kill; one that was started in the background would ignore SIGINT"
+    code = f'import signal\nfrom merginguriel.runner import *\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nif __name__=="__main__": run_all(plan({g!r}, "out"), progress=False, **{dict(workers=2)|kw!r})'
     return subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
 
 def rows(path='out/store.sqlite', **filter): return Store(path).scores(metric='value', **filter)

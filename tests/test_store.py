@@ -62,6 +62,11 @@ def test_threads_share_a_store(tmp_path):
     assert len(s.scores())==40
     assert len(pickle.loads(pickle.dumps(s)).scores())==40
 
+def test_many_may_be_the_first(tmp_path):
+    "Whoever opens a file that another is making sees a store, and no foreign file"
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(60): list(pool.map(lambda _: Store(tmp_path/f'{i}.sqlite').scores(), range(8)))
+
 def test_a_lock_that_stays_is_reported(tmp_path):
     s = Store(tmp_path/'s.db', timeout=.3)
     con = sqlite3.connect(s.path, isolation_level=None)
