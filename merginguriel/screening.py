@@ -124,7 +124,8 @@ def plot_screening(
     "Estimate and merge of every confirmed set, each target in its colour"
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 4.5))[1]
-    for t,d in confirmed.items(): ax.scatter(100*d.estimate, 100*d.merged, s=10, label=t)
+    colours = plt.get_cmap('turbo')(np.linspace(.05, .95, len(confirmed)))
+    for c,(t,d) in zip(colours, confirmed.items()): ax.scatter(100*d.estimate, 100*d.merged, s=10, color=c, label=t)
     ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
     ax.plot(ends, ends, color='.6', lw=.8)
     ax.set(xlabel='mean logits of the members (% right)', ylabel='merge (% right)')
