@@ -82,9 +82,9 @@ def _grouped(p, parts, method, hp):
     "Task vectors merged by `method`"
     read = [_tau(c) for c in parts.values()]
     if len(read)==1: return read[0]
-    scan,n = Scan(p.view, parts, p.keys, _size(len(read))),len(read)
+    scan = Scan(p.view, parts, p.keys, _size(len(read)))
     if method=='topk':
-        cut = _cut(scan, scan.keys, n, hp['density'])
+        cut = _cut(scan, scan.keys, len(read), hp['density'])
         f = lambda block,b,taus: trim(taus, hp['density'], **_given(cut, scan, block)).mean(0)
     else: f = _merger(method, hp, scan, list(parts))
     return lambda block,b: f(block, b, torch.stack([r(block, b) for r in read]))

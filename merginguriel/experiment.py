@@ -74,6 +74,8 @@ def text_of(
     name,hp = _method(method)
     return hp.get('text', 'dev') if name=='adamerging' and 'table' not in hp else None
 
+def _scaled(name, w): return w*len(w) if methods.traits(name).default=='ones' else w # Shares, as the method takes them
+
 def _method(m): return (m,{}) if isinstance(m, str) else (m['method'], {k:v for k,v in m.items() if k!='method'})
 
 @patch
@@ -272,7 +274,7 @@ def merge_one(self:Experiment,
     name,hp = _method(method)
     texts = unlabelled(self.dataset_of(self.target, text_of(method))) if text_of(method) else None
     own = {o:self.dataset_of(o, 'train') for o in models} if measures(name, hp) else None
-    if not own and methods.traits(name).default=='ones': weights = weights*len(weights)
+    if not own: weights = _scaled(name, weights)
     start = self.start()
     digests = {k:open_checkpoint(v).digest() for k,v in models.items()}
     key = config_hash(dict(base=open_checkpoint(start).digest(), sources=digests, weights=dict(weights), method=name,

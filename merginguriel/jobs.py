@@ -15,12 +15,11 @@ merges of models that are there or are trained once."""
 # %% ../nbs/57_jobs.ipynb #7de6e69c
 from fastcore.meta import delegates
 from .grids import *
-from .merge import *
 from .data import *
 from .measure import *
 from .trials import *
 from .experiment import *
-from .experiment import run as run_experiment
+from .experiment import run as run_experiment,_method,_scaled
 
 # %% ../nbs/57_jobs.ipynb #4ba286db
 @job
@@ -54,13 +53,11 @@ def trial(
     e = experiments(str(seed), methods=method, target=target, **kwargs)[0]
     e.check()
     if len(e.methods)!=1: raise ValueError(f"a trial has one method; got {method!r}, so give a list in the grid")
-    hp = e.methods[0] if isinstance(e.methods[0], dict) else dict(method=method)
-    name,hp = hp['method'],{k:v for k,v in hp.items() if k!='method'}
+    name,hp = _method(e.methods[0])
     if text_of(e.methods[0]) or measures(name, hp): raise ValueError(f"{name} reads texts before it merges; try it with the job experiment")
     chosen = e.select(e.similarity_matrix(out))
     models = {o:e.train(o, out) for o in chosen.index}
-    w = e.merged_weights(e.compatible(chosen, models, out))
-    if methods.traits(name).default=='ones': w = w*len(w)
+    w = _scaled(name, e.merged_weights(e.compatible(chosen, models, out)))
     data = e.dataset_of(target, split)
     trials = Trials(e.start(), {o:models[o] for o in w.index}, subsample(data, texts) if texts else data)
     a = trials.accuracy(name, w, head=e.head, seed=seed, **hp)

@@ -20,11 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .merge import *
 from .trials import *
 from .measure import *
 from .significance import *
 from .experiment import *
+from .experiment import _method,_scaled
 from .across import *
 from .report import *
 
@@ -37,7 +37,7 @@ surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','
 # %% ../nbs/63_survey.ipynb #9b3b72b4
 def _looks(m):
     "Whether a method reads texts before it merges"
-    name,hp = (m,{}) if isinstance(m, str) else (m['method'],{k:v for k,v in m.items() if k!='method'})
+    name,hp = _method(m)
     return name,hp,bool(text_of(m)) or measures(name, hp)
 
 def survey(
@@ -58,8 +58,7 @@ def survey(
     acc,start = {},time.time()
     for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
         name,hp,_ = _looks(m)
-        scaled = w*len(w) if methods.traits(name).default=='ones' else w
-        acc[method_label(m)] = trials.accuracy(name, scaled, head=e.head, seed=e.seed, **hp)
+        acc[method_label(m)] = trials.accuracy(name, _scaled(name, w), head=e.head, seed=e.seed, **hp)
     r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
         seconds=r.seconds|dict(trials=round(time.time()-start, 1)))
     r.record(store or Path(out)/'store.sqlite')
