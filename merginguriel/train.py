@@ -260,6 +260,15 @@ def _identity(base, data, dev, seed, o, names, dtype):
     return dict(base=model_digest(base), data=data._fingerprint, n=len(data),
         dev=dev._fingerprint if dev is not None else None, labels=names, seed=seed, dtype=dtype, options=asdict(o))
 
+def _part(parts, after, dev):
+    "What of `parts` and `after` is part of a run's identity"
+    if parts<1 or parts!=int(parts): raise ValueError(f"parts is a whole number, 1 or more; got {parts}")
+    if parts==1 and after: raise ValueError("parts says of how many parts the schedule is, 2 or more where there is one before")
+    if parts>1 and dev is not None: raise ValueError("a part keeps its last epoch, so no dev set chooses it; give dev=None")
+    if after and not (f := Path(after)/'optimizer.pt').is_file():
+        raise MissingDataError(f"{after} has no optimizer.pt; finetune writes it into a part, with parts=2 or more")
+    return {} if parts==1 else dict(parts=parts, after=file_digest(f) if after else None)
+
 def training_record(
     path:str|Path, # Model folder that `finetune` wrote
 )->dict: # What went in, dev accuracy and loss of each epoch, seconds, versions
@@ -291,8 +300,8 @@ def _load_state(path, key):
     return s
 
 # %% ../nbs/42_train.ipynb #65688d56
-def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_file, patience=0, progress=False):
-    "Train and score epoch after epoch from the state on disk, if there is one; returns (best weights, history)"
+def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_file, patience=0, progress=False, done=0):
+    "Train and score epochs, `done` epochs into a schedule, from the state on disk if there is one; returns (best weights, history)"
     from tqdm.auto import tqdm
     history,best,parts = [],None,dict(model=model, opt=opt, schedule=schedule)
     if s := _load_state(state_file, key):
@@ -301,19 +310,31 @@ def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_
     with tqdm(total=steps*epochs, initial=steps*len(history), disable=not progress, unit='step', leave=False) as bar:
         for e in range(len(history), epochs):
             if patience and history and len(history)-1-_best(history)>=patience: break
-            seed_everything(derive_seed(seed, 'epoch', e))
-            history.append(dict(epoch=e+1, loss=train(derive_seed(seed, 'order', e), bar.update), dev_accuracy=score()))
+            seed_everything(derive_seed(seed, 'epoch', done+e))
+            history.append(dict(epoch=done+e+1, loss=train(derive_seed(seed, 'order', done+e), bar.update), dev_accuracy=score()))
             bar.set_postfix(dev=history[-1]['dev_accuracy'])
             if _best(history)==e: best = {k:v.detach().cpu().clone() for k,v in model.state_dict().items()}
             if e+1<epochs: _save_state(state_file, key=key, history=history, best=best, **{k:v.state_dict() for k,v in parts.items()})
     return best,history
 
-def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress):
-    "Train, and return (best weights, history)"
+def _go_on(opt, schedule, after, steps, parts):
+    "Give the optimiser what the part in the folder `after` left; `steps` are those of a part. Returns the number of parts done"
+    s = torch.load(Path(after)/'optimizer.pt', map_location='cpu', weights_only=True)
+    at = s['schedule']['last_epoch']
+    if s['total']!=steps*parts or at==s['total']:
+        raise ValueError(f"{after} ended at step {at} of {s['total']}, and a part of this run is {steps} of {steps*parts}; the "
+            "parts of one schedule have equally many texts and epochs, and it ends with the last of them")
+    opt.load_state_dict(s['opt'])
+    schedule.load_state_dict(s['schedule'])
+    return at//steps
+
+def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress, parts, after):
+    "Train, and return (best weights, history, state of the optimiser)"
     ids = lambda d: tok(list(d['text']), truncation=True, max_length=o.max_length)['input_ids']
     x,y,dx = ids(data),torch.tensor(data['label']),ids(dev) if dev is not None else None
     lengths,n = np.array([len(i) for i in x]),math.ceil(len(x)/o.batch_size)
-    opt,schedule = _optimiser(model, o, n*o.epochs)
+    opt,schedule = _optimiser(model, o, n*o.epochs*parts)
+    done = o.epochs*_go_on(opt, schedule, after, n*o.epochs, parts) if after else 0
     origin = {p:p.detach().clone() for g in opt.param_groups for p in g['params']} if o.anchor else {}
     def train(order, tick):
         batches = bucketed_batches(lengths, o.batch_size, order)
@@ -322,7 +343,8 @@ def _fit(model, tok, data, dev, o, seed, key, state_file, device, amp, progress)
         if dev is None: return None
         z = logits(model, dx, tok.pad_token_id, device=device, amp=amp)
         return float((z.argmax(-1)==np.array(dev['label'])).mean())
-    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, o.patience, progress)
+    best,history = _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, o.patience, progress, done)
+    return best,history,dict(opt=opt.state_dict(), schedule=schedule.state_dict(), total=n*o.epochs*parts)
 
 def _best(history):
     "Index of the epoch to keep: the highest dev accuracy, the earliest among equals; without dev the last"
@@ -339,6 +361,8 @@ def finetune(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     dtype:str='fp32', # 'fp32', or 'bf16' for mixed precision on CUDA; weights are kept and saved in float32
     progress:bool=False, # Show a bar of optimiser steps
+    parts:int=1, # Runs of `epochs` over which one schedule is spread; with more than 1, the last epoch is kept, and optimizer.pt beside it
+    after:str|Path|None=None, # Folder of the part before, whose moments and schedule go on from `base`; None: this is the first part
     **options, # Fields of `TrainOptions`, e.g. epochs=3
 )->Path: # `out`: weights, configuration with labels, tokenizer, training_record.json
     "Fine-tune a classifier for one locale from `base` and the head of `seed`"
@@ -347,7 +371,7 @@ def finetune(
     _check_head(base, names)
     start = add_head(base, names, seed=seed)
     o = train_options(start, **options)
-    identity = _identity(start, dataset, dev, seed, o, names, dtype)
+    identity = _identity(start, dataset, dev, seed, o, names, dtype)|_part(parts, after, dev)
     key,began = config_hash(identity),time.time()
     state_file = out.parent/f'.{out.name}.{key}.state'
     if _finished(out, key):
@@ -356,7 +380,7 @@ def finetune(
     seed_everything(seed)
     model,tok = load_classifier(start, o.dropout)
     text_limit(model, o.max_length)
-    best,history = _fit(model.to(device), tok, dataset, dev, o, seed, key, state_file, device, dtype=='bf16', progress)
+    best,history,left = _fit(model.to(device), tok, dataset, dev, o, seed, key, state_file, device, dtype=='bf16', progress, parts, after)
     with atomic_dir(out) as d:
         copy_model_files(start, d)
         c = load_json(d/'config.json')
@@ -364,6 +388,7 @@ def finetune(
         (d/'config.json').write_text(json.dumps(c, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
         kept = set(open_checkpoint(start).keys())
         save_checkpoint({k:v.contiguous() for k,v in best.items() if k in kept}, d/'model.safetensors')
+        if parts>1: torch.save(left, d/'optimizer.pt')
         record = dict(key=key, **identity, best_epoch=_best(history)+1, history=history, seconds=round(time.time()-began,1),
             device=device, versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
         (d/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
