@@ -151,7 +151,9 @@ def _ray_workers(n, address, num_gpus):
     except ImportError as e: raise MerginGurielError("executor 'ray' needs Ray; install it with pip install 'merginguriel[cluster]'") from e
     mine = not ray.is_initialized()
     local = {} if address else dict(num_cpus=n, include_dashboard=False)
-    if mine: ray.init(address=address, log_to_driver=False, logging_level='warning', **local)
+    try: mine and ray.init(address=address, log_to_driver=False, logging_level='warning', **local)
+    except ConnectionError as e: raise MerginGurielError(f"no Ray cluster let this process in at {address}: {e}. `ray start --head` "
+        "starts one; its machines and this process need the same RAY_AUTH_TOKEN") from e
     try:
         remote = ray.remote(_call).options(num_cpus=1, num_gpus=num_gpus, max_retries=0)
         yield [RayWorker(remote) for _ in range(n or int(ray.cluster_resources().get('CPU', 1)))]

@@ -482,6 +482,13 @@ def test_ray_is_named_where_it_is_missing(here, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ray', None)
     with pytest.raises(MerginGurielError, match=r"pip install 'merginguriel\[cluster\]'"): run_all(lay_out(grid('plain', 1)), 'ray')
 
+def test_a_cluster_that_does_not_answer_is_named(here, monkeypatch):
+    ray = pytest.importorskip('ray')
+    def refuse(**kw): raise ConnectionError(f"Failed to connect to Ray cluster at {kw['address']}")
+    monkeypatch.setattr(ray, 'init', refuse)
+    with pytest.raises(MerginGurielError, match='10.0.0.1:6379.*same RAY_AUTH_TOKEN'):
+        run_all(lay_out(grid('plain', 1)), 'ray', address='10.0.0.1:6379')
+
 
 # ---- all at once
 
