@@ -1,6 +1,5 @@
 "Every notebook of `nbs/` runs from top to bottom (its examples are its tests), each in a process of its own"
 import os, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 
@@ -17,19 +16,9 @@ def run_notebook(path):
     return r.returncode, r.stdout+r.stderr
 
 
-@pytest.fixture(scope='session')
-def results(request):
-    "All notebooks that were asked for, two at a time"
-    wanted = [i.callspec.params['path'] for i in request.session.items
-        if i.path == Path(__file__) and i.originalname == 'test_notebook']
-    pool = ThreadPoolExecutor(2)
-    yield {p: pool.submit(run_notebook, p) for p in wanted}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
-def test_notebook(path, results):
-    code, out = results[path].result()
+def test_notebook(path):
+    code, out = run_notebook(path)
     assert code == 0, out[-6000:]
 
 

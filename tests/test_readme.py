@@ -21,4 +21,4 @@ def test_index_is_short_and_its_links_exist():
 
 def test_ci_finds_the_test_command():
     lines = [o for o in (ROOT/'README.md').read_text().splitlines() if o.startswith('pip install') and '&& pytest' in o]
-    assert lines == ["pip install -c constraints.txt -e '.[dev]' && pytest -q"]
+    assert lines == ["pip install -c constraints.txt -e '.[dev]' && pytest -q -n 2"]
