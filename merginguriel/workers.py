@@ -14,7 +14,7 @@ of either kind. `Claims` keeps two programs from doing the same work at once: ho
 with it."""
 
 # %% ../nbs/08_workers.ipynb #d232450b
-import os,pickle,queue,signal,threading
+import math,os,pickle,queue,signal,threading,time
 from contextlib import contextmanager,suppress
 from importlib import import_module
 from multiprocessing import get_context
@@ -133,17 +133,39 @@ def __call__(self:RayWorker,
 ): # What `f` returned
     "Call `f` on the cluster"
     import ray
+    end,nodes = time.monotonic()+(timeout or math.inf),_nodes()
     self.ref = self.remote.remote(f, *args)
-    try: return ray.get(self.ref, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as e:
+    try:
+        node = _next(self.ref, end, nodes)
+        return _next(self.ref, end, {node})
+    except ray.exceptions.RayTaskError: raise # An error of the function, which is of its own class too
+    except TimeoutError as e:
         self.stop()
         raise TimeoutError(f"no answer in {timeout:g} s; the call was ended") from e
-    except ray.exceptions.RayTaskError: raise # An error of the function, which is of its own class too
+    except WorkerDied:
+        self.stop()
+        raise
     except ray.exceptions.RayError as e: raise WorkerDied(f"a worker or its machine was lost ({type(e).__name__})") from e
     finally: self.ref = None
 
 # %% ../nbs/08_workers.ipynb #0bd2ff4f
-def _call(f, *args): return f(*args)
+def _call(f, *args):
+    "Say where this runs, then answer"
+    import ray
+    yield ray.get_runtime_context().get_node_id()
+    yield f(*args)
+
+def _nodes():
+    import ray
+    return {o['NodeID'] for o in ray.nodes() if o['Alive']}
+
+def _next(answers, end, nodes):
+    "The next answer of a call that is on one of `nodes`; where the network is cut, nothing but the list of nodes tells"
+    import ray
+    while not ray.wait([answers], timeout=min(10, max(0, end-time.monotonic())))[0]:
+        if time.monotonic()>=end: raise TimeoutError
+        if nodes-_nodes(): raise WorkerDied("the machine of a call was lost")
+    return ray.get(next(answers))
 
 @contextmanager
 def _ray_workers(n, address, num_gpus):
@@ -151,7 +173,7 @@ def _ray_workers(n, address, num_gpus):
     except ImportError as e: raise MerginGurielError("executor 'ray' needs Ray; install it with pip install 'merginguriel[cluster]'") from e
     mine = not ray.is_initialized()
     local = {} if address else dict(num_cpus=n, include_dashboard=False)
-    try: mine and ray.init(address=address, log_to_driver=False, logging_level='warning', **local)
+    try: mine and ray.init(address=address or 'local', log_to_driver=False, logging_level='warning', **local)
     except ConnectionError as e: raise MerginGurielError(f"no Ray cluster let this process in at {address}: {e}. `ray start --head` "
         "starts one; its machines and this process need the same RAY_AUTH_TOKEN") from e
     try:
