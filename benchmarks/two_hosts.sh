@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A sweep on a Ray cluster of two hosts, the second of which loses its network after CUT seconds (never, if not given).
 # The hosts are network namespaces of this machine, so this needs root and iproute2; everything between them crosses a network.
-#   CUT=35 bash benchmarks/two_hosts.sh configs/sweep.yaml --out OUT --store STORE --limit 90
+#   CUT=35 bash benchmarks/two_hosts.sh configs/sweep.yaml --out OUT --store STORE --limit 60
 set -euo pipefail
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(head -c 32 /dev/urandom | xxd -p -c 64)} # Both hosts and the driver need the same
 export RAY_USAGE_STATS_ENABLED=0 RAY_raylet_start_wait_time_s=180
