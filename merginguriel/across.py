@@ -87,7 +87,7 @@ def plot_across(
         ax.scatter(100*d.gain, y, s=24, zorder=3, edgecolor=colour, label=name,
             color=['white' if v=='no difference shown' else colour for v in d.verdict])
     ax.axvline(0, color='k', lw=1.2)
-    ax.set(yticks=range(len(order)), yticklabels=order, xlabel=f"gain over {gains.b.iloc[0]} (points)")
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(-.7,len(order)-.3), xlabel=f"gain over {gains.b.iloc[0]} (points)")
     legend = ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     for h in legend.legend_handles: h.set_facecolor(h.get_edgecolor())
     return ax
