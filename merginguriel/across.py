@@ -6,23 +6,28 @@ Docs: https://merginguriel.github.io/merginguriel/across.html.md"""
 
 # %% auto #0
 __all__ = ['yardsticks', 'by_target', 'answers', 'gains_across', 'plot_across', 'text_scores', 'yardstick', 'decompose',
-           'plot_decomposition', 'mean_steps']
+           'plot_decomposition', 'mean_steps', 'between', 'standing', 'plot_standing', 'affinity', 'agreement',
+           'source_choices', 'record_nxn']
 
 # %% ../nbs/60_across.ipynb #69252299
 """One locale never settles a claim about a method. Here the results of one recipe in many targets are compared: `gains_across`
 gives each target its gain with an interval over test items and a p-value corrected over targets, `mean_gains` the mean over
 targets with an interval that has targets, not items, as its sample, and `plot_across` shows both. `text_scores` collects what
 can be said of each merge without a label, for the choosers of `merginguriel.choose`. `decompose` says which of selecting,
-averaging and weighting earned the points of a merge, and what an ensemble or labels would have earned."""
+averaging and weighting earned the points of a merge, and what an ensemble or labels would have earned. `record_nxn` fills the N×N
+matrix of single models, and `standing`, `affinity` and `agreement` say who teaches whom in it."""
 
 # %% ../nbs/60_across.ipynb #45dddc30
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import *
+from .similarity import *
+from .data import *
 from .evaluate import *
 from .significance import *
 from .choose import *
+from .store import *
 from .ensemble import *
 from .experiment import *
 from .report import *
@@ -82,7 +87,7 @@ def plot_across(
         ax.scatter(100*d.gain, y, s=24, zorder=3, edgecolor=colour, label=name,
             color=['white' if v=='no difference shown' else colour for v in d.verdict])
     ax.axvline(0, color='k', lw=1.2)
-    ax.set(yticks=range(len(order)), yticklabels=order, xlabel=f"gain over {gains.b.iloc[0]} (points)")
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(-.7,len(order)-.3), xlabel=f"gain over {gains.b.iloc[0]} (points)")
     legend = ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     for h in legend.legend_handles: h.set_facecolor(h.get_edgecolor())
     return ax
@@ -172,3 +177,95 @@ def mean_steps(
     names = parts.drop_duplicates('step').set_index(['a','b']).step
     m = mean_gains(parts)
     return m.assign(step=[names[a,b] for a,b in zip(m.a, m.b)])[['step',*m.columns]]
+
+# %% ../nbs/60_across.ipynb #52bf79c5
+def between(
+    nxn:pd.DataFrame, # (source × target)
+)->pd.DataFrame: # The same, NaN where a locale meets itself
+    "The cells of `nxn` whose source and target differ"
+    return nxn.mask(np.equal.outer(nxn.index.to_numpy(), nxn.columns.to_numpy()))
+
+def standing(
+    nxn:pd.DataFrame, # (source × target); its transpose for the ease of targets
+)->pd.DataFrame: # One row per row of `nxn`, best first: mean, above, low, high, cells
+    "How far a row is above the mean of all rows, `above`, with a 95 % interval over columns"
+    m = between(nxn)
+    above = m-m.mean()
+    ends = pd.DataFrame({o:mean_interval(v.dropna()) for o,v in above.dropna(how='all').iterrows()}, ['low','high']).T
+    df = pd.DataFrame(dict(mean=m.mean(axis=1), above=above.mean(axis=1))).join(ends).assign(cells=m.count(axis=1))
+    return df.sort_values('above', ascending=False)
+
+# %% ../nbs/60_across.ipynb #a76a1c66
+def plot_standing(
+    standing:pd.DataFrame, # From `standing`
+    label:str='points above the mean source', # What lies on the axis
+    ax=None, # Axes to draw on; None: new ones
+): # The axes
+    "How far each locale is above the mean, with its interval, the best on top"
+    from matplotlib import pyplot as plt
+    y,x = np.arange(len(standing)),100*standing
+    if ax is None: ax = plt.subplots(figsize=(4, .8+.16*len(y)))[1]
+    ax.hlines(y, x.low, x.high, color='C0')
+    ax.scatter(x.above, y, color='C0', s=16, zorder=3)
+    ax.axvline(0, color='k', lw=.8)
+    ax.set(xlabel=label, ylim=(len(y)-.5,-.5))
+    ax.set_yticks(y, x.index, fontsize=7)
+    return ax
+
+# %% ../nbs/60_across.ipynb #465b56d1
+def affinity(
+    nxn:pd.DataFrame, # (source × target)
+)->pd.DataFrame: # The same, NaN where a locale meets itself; the known cells of every row and column have mean 0
+    "What remains of the cells between locales without the mean of their row and of their column"
+    m = between(nxn)
+    for _ in range(100): # The means of rows and columns interlock where cells are missing
+        m = m-m.mean()
+        m = m.sub(m.mean(axis=1), axis=0)
+    return m
+
+# %% ../nbs/60_across.ipynb #23af295c
+def agreement(
+    a:pd.DataFrame, # (source × target)
+    b:pd.DataFrame, # (source × target); only what both have is compared
+)->dict: # rho, low, high (95 % over targets), targets: those in which both tell sources apart
+    "Spearman's correlation over the sources of a target, in the mean over targets"
+    a,b = between(a).align(between(b), 'inner')
+    pairs = {t:pd.DataFrame(dict(a=a[t], b=b[t])).dropna() for t in a}
+    rho = [d.a.corr(d.b, 'spearman') for d in pairs.values() if (d.nunique()>1).all()]
+    low,high = mean_interval(rho)
+    return dict(rho=np.mean(rho), low=low, high=high, targets=len(rho))
+
+# %% ../nbs/60_across.ipynb #165f8dad
+def source_choices(
+    dev:pd.DataFrame, # Accuracy on dev, (source × target), NaN: not to be chosen
+)->pd.DataFrame: # (target × rule): a source by 'dev', by its standing 'elsewhere', and by 'uriel'
+    "The one source that each rule takes for each target"
+    m = between(dev)
+    above = m-m.mean()
+    elsewhere = pd.DataFrame({t:above.drop(columns=t).mean(axis=1) for t in m})
+    rules = dict(dev=m, elsewhere=elsewhere, uriel=uriel_similarity(list(m.index)))
+    return pd.DataFrame({k:o[list(m)].where(m.notna()).idxmax() for k,o in rules.items()})
+
+# %% ../nbs/60_across.ipynb #8d2150a6
+def record_nxn(
+    e, # `Experiment`: base, data, sizes, options, seed; the locales are its `candidates`, of which its target is one
+    out:str|Path='runs', # Folder for models and predictions
+    store:str|Path|None=None, # File of the result store; None: `store.sqlite` in `out`
+    device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+    kept:str='fp32', # Type of the kept logits, as for `save_predictions`
+    progress:bool=False, # Show bars
+)->dict: # 'dev' and 'test' -> accuracy in [0, 1], (source × target); `attrs`: failed cells with their reason, and runs in the store
+    "The N×N matrix of single models, whose cells are rows of the store; a cell that fails is NaN"
+    names,scores = sorted([e.target,*e.pool()]),Store(store or Path(out)/'store.sqlite')
+    models = {o:e.train(o, out, progress, device) for o in names}
+    same = {k:getattr(e, k) for k in 'seed dataset base n_train n_dev n_test options'.split()} | dict(candidates=names, kept=kept)
+    configs,m = {t:dict(study='nxn', target=t, **same) for t in names},{}
+    for split in ('dev','test'):
+        def put(s, t, a): scores.record(configs[t], [a.row(name='own' if s==t else f'source:{s}', locale=t, split=split)])
+        data = {o:e.dataset_of(o, split) for o in names}
+        m[split] = nxn(models, data, Path(out)/'predictions', split, device, progress, kept=kept, keep_going=True, tick=put)
+        m[split].attrs['runs'] = {t:config_hash(c) for t,c in configs.items()}
+    for t,chosen in source_choices(m['dev'].where(m['test'].notna())).iterrows():
+        right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True)) for k,s in chosen.items()}
+        scores.record(configs[t], [a.row(name=f'by {k}', locale=t, split='test') for k,a in right.items()])
+    return m

@@ -226,6 +226,7 @@ def nxn(
     dtype:str='fp32', # As for `predict`
     kept:str='fp32', # As for `save_predictions`
     keep_going:bool=False, # Go on after a cell that fails: it is NaN, and `attrs['failed']` and a warning say why
+    tick=lambda source, target, accuracy: None, # Called with the `Accuracy` of each cell when it is done
 )->pd.DataFrame: # Accuracy in [0, 1], (source × target)
     "The accuracy of every model on every locale"
     from tqdm.auto import tqdm
@@ -235,10 +236,13 @@ def nxn(
         for s,model in models.items():
             one = _reader(model, bank, device, dtype, kept)
             for t,d in datasets.items():
-                try: m.loc[s,t] = accuracy(one(d)).value
+                try: a = accuracy(one(d))
                 except Exception as e: # A cell is a job: its failure is kept with the matrix
                     if not keep_going: raise
                     failed[f'{s} on {t}'] = f'{type(e).__name__}: {e}'
+                else:
+                    m.loc[s,t] = a.value
+                    tick(s, t, a)
                 bar.update()
     if failed: warnings.warn(f"{len(failed)} of {m.size} cells have no accuracy; {next(iter(failed))}: {next(iter(failed.values()))}")
     m.attrs = dict(split=split, failed=failed)

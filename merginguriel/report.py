@@ -111,17 +111,19 @@ def plot_nxn(
     "Accuracy of every model on every locale as a heat map"
     from matplotlib import pyplot as plt
     m = nxn.loc[nxn.mean(axis=1).sort_values(ascending=False).index, nxn.mean().sort_values(ascending=False).index]
-    if ax is None: ax = plt.subplots(figsize=(1.6+.32*m.shape[1], 1.2+.28*m.shape[0]))[1]
+    wide,high,font = (.16,.14,6) if max(m.shape)>20 else (.32,.28,None)
+    if ax is None: ax = plt.subplots(figsize=(1.6+wide*m.shape[1], 1.2+high*m.shape[0]))[1]
     ax.set_facecolor('#dddddd')
-    im = ax.imshow(np.ma.masked_invalid(m), cmap='viridis', vmin=0, vmax=1, aspect='auto')
+    im = ax.imshow(np.ma.masked_invalid(m), cmap='viridis', aspect='auto')
     for i,j in zip(*np.nonzero(m.isna().to_numpy())):
         ax.add_patch(plt.Rectangle((j-.5,i-.5), 1, 1, fill=False, hatch='///', ec='#999999', lw=0))
     if m.size<=150:
         for i,j in zip(*np.nonzero(m.notna().to_numpy())):
             ax.text(j, i, f'{100*m.iat[i,j]:.0f}', ha='center', va='center', fontsize=7,
-                color='w' if m.iat[i,j]<.6 else 'k')
-    ax.set(xticks=range(m.shape[1]), yticks=range(m.shape[0]), yticklabels=m.index, xlabel='test locale', ylabel='training locale')
-    ax.set_xticklabels(m.columns, rotation=90)
+                color='w' if im.norm(m.iat[i,j])<.6 else 'k')
+    ax.set(xlabel='test locale', ylabel='training locale')
+    ax.set_xticks(range(m.shape[1]), m.columns, rotation=90, fontsize=font)
+    ax.set_yticks(range(m.shape[0]), m.index, fontsize=font)
     ax.figure.colorbar(im, ax=ax, label='accuracy')
     return ax
 
