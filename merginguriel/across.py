@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/across.html.md"""
 
 # %% auto #0
 __all__ = ['yardsticks', 'by_target', 'answers', 'gains_across', 'plot_across', 'text_scores', 'yardstick', 'decompose',
-           'plot_decomposition', 'mean_steps', 'between', 'standing', 'plot_standing', 'affinity', 'agreement',
+           'plot_decomposition', 'mean_steps', 'between', 'standing', 'plot_standing', 'affinity', 'rank_agreement',
            'source_choices', 'record_nxn']
 
 # %% ../nbs/60_across.ipynb #69252299
@@ -15,7 +15,7 @@ gives each target its gain with an interval over test items and a p-value correc
 targets with an interval that has targets, not items, as its sample, and `plot_across` shows both. `text_scores` collects what
 can be said of each merge without a label, for the choosers of `merginguriel.choose`. `decompose` says which of selecting,
 averaging and weighting earned the points of a merge, and what an ensemble or labels would have earned. `record_nxn` fills the N×N
-matrix of single models, and `standing`, `affinity` and `agreement` say who teaches whom in it."""
+matrix of single models, and `standing`, `affinity` and `rank_agreement` say who teaches whom in it."""
 
 # %% ../nbs/60_across.ipynb #45dddc30
 from pathlib import Path
@@ -224,7 +224,7 @@ def affinity(
     return m
 
 # %% ../nbs/60_across.ipynb #23af295c
-def agreement(
+def rank_agreement(
     a:pd.DataFrame, # (source × target)
     b:pd.DataFrame, # (source × target); only what both have is compared
 )->dict: # rho, low, high (95 % over targets), targets: those in which both tell sources apart
