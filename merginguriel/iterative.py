@@ -240,7 +240,8 @@ def plot_recipes(
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5.5,3.2))[1]
     for i,(name,c) in enumerate(runs.items()):
-        ax.plot(c.rounds.index*epochs/len(c.rounds), c.rounds['mean'], marker='osD^vPX*'[i%8], ms=5, color=f'C{i%10}', label=name)
+        ax.plot(c.rounds.index*epochs/len(c.rounds), c.rounds['mean'], marker='osD^vPX*'[i%8], ms=5, color=f'C{i%10}', label=name,
+            zorder=3+1/len(c.rounds)) # A single point lies above the lines
     for i,(name,v) in enumerate((references or {}).items()): ax.axhline(v, color='.4', ls=('--',':')[i%2], lw=1.2, label=name)
     ax.set(xlabel='epochs of each locale', ylabel='mean dev accuracy')
     ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
