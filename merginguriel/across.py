@@ -267,5 +267,6 @@ def record_nxn(
         m[split].attrs['runs'] = {t:config_hash(c) for t,c in configs.items()}
     for t,chosen in source_choices(m['dev'].where(m['test'].notna())).iterrows():
         right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True)) for k,s in chosen.items()}
-        scores.record(configs[t], [a.row(name=f'by {k}', locale=t, split='test') for k,a in right.items()])
+        said = [a.row(name=f'by {k}', locale=t, split='test') for k,a in right.items()]
+        scores.record(configs[t], said, replace=True) # They change when a cell that failed is there after all
     return m
