@@ -6,12 +6,13 @@
 *passes* are the calls of the models alone, without reading, tokenizing, sorting and keeping; what is in the bank already takes none.
 *operations* are two for each weight of a matrix outside the embeddings and each token, padding included, and the rate is given beside
 that of a product of two 2048 × 2048 matrices of the same type on the same device."""
-import argparse,platform,sys,tempfile,time
+import argparse,platform,sys,tempfile,time,timeit
 from pathlib import Path
 import torch
 from merginguriel import evaluate
 from merginguriel.base_model import add_head
 from merginguriel.data import available_locales,label_names,load_intents
+from merginguriel.ensemble import ensemble,ways
 from merginguriel.mini import mini_path
 
 
@@ -56,6 +57,13 @@ def models(a):
     labels = label_names(load_intents(a.dataset, names[0], a.split))
     return {o:add_head(mini_path(), labels, seed=i) for i,o in enumerate(names)}
 
+def votes(models, data, bank, **options):
+    "Milliseconds, the best of five: to read what a model says of one locale, and for each vote of up to five models"
+    name,ms = list(data)[-1],lambda f: 1000*min(timeit.repeat(f, number=1, repeat=5))
+    def read(model): return evaluate.banked(model, {name:data[name]}, bank, **options)[name]
+    said = {o:read(m) for o,m in list(models.items())[:5]}
+    return ms(lambda: read(next(iter(models.values())))),{how:ms(lambda: ensemble(said, how=how)) for how in ways}
+
 def main():
     p = argparse.ArgumentParser(description='accuracy of every model on every locale, timed')
     p.add_argument('--models', default=None, help='folder with one model folder per locale')
@@ -78,11 +86,13 @@ def main():
             m = evaluate.nxn(found, data, bank, **options)
             wall,cpu,spent = time.perf_counter()-wall,time.process_time()-cpu,passes.seconds-before
             rows.append(f'| {turn} | {m.size} | {wall:.1f} | {cpu:.1f} | {spent:.1f} | {spent/wall:.0%} |')
+        read,vote = votes(found, data, bank, device=a.device, dtype=a.dtype, kept=a.kept)
         size = sum(o.stat().st_size for o in Path(bank).glob("*.parquet"))
     print(f'{len(m)} models × {m.shape[1]} locales, {a.dataset} {a.split}, {a.device} {a.dtype}, {torch.get_num_threads()} threads; '
         f'Python {platform.python_version()}, PyTorch {torch.__version__.split("+")[0]}\n')
     print('| | cells | s | CPU s | s in passes | share |\n|---|---|---|---|---|---|\n'+'\n'.join(rows))
-    print(f'\nbank ({a.kept}): {size/1e6:.0f} MB')
+    print(f'\nbank ({a.kept}): {size/1e6:.0f} MB; {read:.1f} ms to read a model on a locale; votes of {min(5, len(found))}, ms: '
+        + ', '.join(f'{k} {v:.1f}' for k,v in vote.items()))
     if not passes.texts: return print('every cell was in the bank; there were no passes')
     rate,matrix = passes.operations/passes.seconds,matrix_rate(a.device, a.dtype)
     print(f'passes: {passes.texts} texts, {passes.texts/passes.seconds:.0f} a second, {rate/1e9:.1f} billion operations a second; '
