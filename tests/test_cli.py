@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    "Help is broken at hyphens too, so that no line may be full"
+    monkeypatch.setenv('COLUMNS', '10000')
+
+
 @pytest.fixture(scope='session')
 def toy(tmp_path_factory):
     "A toy base and three toy classifiers"
@@ -31,7 +37,6 @@ def here(toy, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.delenv('MERGINGURIEL_TRACEBACK', raising=False)
-    monkeypatch.setenv('COLUMNS', '200')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -67,7 +72,7 @@ def test_the_commands_are_those_that_exist(capfd):
     assert typed('--version', capfd)[1].endswith(__version__+'\n')
 
 
-def squeezed(text): return ''.join(text.split()) # Help is broken at hyphens too, where depends on the width
+def squeezed(text): return ' '.join(text.split())
 
 @pytest.mark.parametrize('name', LISTED)
 def test_help_is_the_comments(name, capfd):
