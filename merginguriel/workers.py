@@ -173,7 +173,8 @@ def _ray_workers(n, address, num_gpus):
     except ImportError as e: raise MerginGurielError("executor 'ray' needs Ray; install it with pip install 'merginguriel[cluster]'") from e
     mine = not ray.is_initialized()
     local = {} if address else dict(num_cpus=n, include_dashboard=False)
-    try: mine and ray.init(address=address or 'local', log_to_driver=False, logging_level='warning', **local)
+    try:
+        if mine: ray.init(address=address or 'local', log_to_driver=False, logging_level='warning', **local)
     except ConnectionError as e: raise MerginGurielError(f"no Ray cluster let this process in at {address}: {e}. `ray start --head` "
         "starts one; its machines and this process need the same RAY_AUTH_TOKEN") from e
     try:
