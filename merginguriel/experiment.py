@@ -102,12 +102,11 @@ def id(self:Experiment)->str: # 16 hexadecimal digits
 def _names(text): return tuple(o.strip() for o in text.split(',') if o.strip())
 
 def _calls(text, what):
-    "`a, b(c=1, d=e)` as ('a', {'method':'b','c':1,'d':'e'})"
-    def value(o): return o.id if isinstance(o, ast.Name) else ast.literal_eval(o)
+    "`a, b(c=1)` as ('a', {'method':'b','c':1})"
     try:
         body = ast.parse(text.strip(), mode='eval').body
         return tuple(o.id if isinstance(o, ast.Name) else
-            {'method':o.func.id} | {k.arg:value(k.value) for k in o.keywords} for o in getattr(body, 'elts', [body]))
+            {'method':o.func.id} | {k.arg:ast.literal_eval(k.value) for k in o.keywords} for o in getattr(body, 'elts', [body]))
     except (SyntaxError,AttributeError,ValueError) as e:
         raise ValueError(f"{what} reads like 'linear, ties(density=.1)'; got {text!r}") from e
 
