@@ -122,7 +122,7 @@ def lean_process()->None:
 def _execute(path, dest, params, progress=False):
     import papermill
     dest.parent.mkdir(parents=True, exist_ok=True)
-    quiet = ['--IPKernelApp.log_level=CRITICAL'] # Its transport, and its end, are no concern of the reader; a cell's error is in the notebook
+    quiet = ['--IPKernelApp.log_level=CRITICAL'] # Its transport and its end are no concern of the reader
     try:
         papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
             progress_bar=progress, extra_arguments=quiet)
