@@ -27,6 +27,7 @@ import torch
 from torch import Tensor,nn
 from torch.nn import functional as F
 from .core import *
+from .outputs import *
 from .checkpoint import *
 from .task_vector import *
 from .gradient import *
@@ -390,7 +391,7 @@ def elected_sources(
 )->dict: # Name -> model folder
     "Reduce each source to its large values that have the elected sign"
     plan = _plan(base, sources, 'ties', weights, 'average', 0, True, False, 1<<17, dict(density=density, **hp))
-    scan,folders = Scan(plan.base, plan.sources, plan.body, 1<<17),{k:Path(out)/k for k in plan.sources}
+    scan,folders = Scan(plan.base, plan.sources, plan.body, 1<<17),{k:inside(out, k) for k in plan.sources}
     with ExitStack() as stack, one_thread():
         tmp = {k:stack.enter_context(atomic_dir(f)) for k,f in folders.items()}
         for k,d in tmp.items():

@@ -14,12 +14,13 @@ everything with them and keeps the course of the search beside the weights, and 
 dropped before anything else happens; a data set that has none does as well."""
 
 # %% ../nbs/47_adapt.ipynb #eff17fc2
-import inspect,json,tempfile
+import inspect,json
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from .core import *
+from .outputs import *
 from .toy import *
 from .checkpoint import *
 from .base_model import *
@@ -105,7 +106,7 @@ def adapt(
     with atomic_dir(out) as d:
         args = (texts, d, weights, batch_size, seed, device, options)
         if plus:
-            with tempfile.TemporaryDirectory(dir=d.parent, prefix=f'.{Path(out).name}.elected.') as tmp:
+            with working_dir(out) as tmp:
                 result = _search(base, elected_sources(base, sources, tmp, density), *args)
         else: result = _search(base, sources, *args)
         result.trajectory.to_csv(d/'trajectory.csv', index=False)

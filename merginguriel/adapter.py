@@ -16,13 +16,14 @@ load it stands in the adapter's own file; `peft` is not needed. An adapter that 
 refused by name. `as_model` lets an adapter stand wherever a model folder does."""
 
 # %% ../nbs/18_adapter.ipynb #e5bd5818
-import fcntl,json,re,shutil
+import json,re,shutil
 from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import Tensor
 from .core import *
+from .outputs import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
@@ -235,10 +236,9 @@ def apply_adapter(
     record = dict(base_digest=c.digest(), adapter_digest=a.tensors.digest(), adapter=a.path.resolve().name, config=a.config)
     record['key'] = config_hash([1, record, load_json(folder/'config.json'), labels])
     cached,out = out is None,cache_dir('adapter')/record['key'] if out is None else Path(out)
-    with open(cache_dir('adapter')/f".{record['key']}.lock", 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(out):
         if _made(out, record['key']): return out
-        with atomic_dir(out, replace=cached) as d: _write(d, a, folder, c, labels, record)
+        with atomic_dir(out, cached=cached) as d: _write(d, a, folder, c, labels, record)
     return out
 
 # %% ../nbs/18_adapter.ipynb #bda5d48c

@@ -25,6 +25,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 from .core import *
+from .outputs import *
+from .loading import *
 from .checkpoint import *
 
 # %% ../nbs/11_base_model.ipynb #108cf773
@@ -186,8 +188,7 @@ def _tokenizer_file(path):
 def _tokenizer(file):
     "The tokenizer as the JSON of the `tokenizers` library"
     if file.name=='tokenizer.json': return load_json(file)
-    from transformers import AutoTokenizer
-    t = AutoTokenizer.from_pretrained(file.parent)
+    t = from_folder('AutoTokenizer', file.parent)
     if not hasattr(t, 'backend_tokenizer'):
         raise IncompatibleError(f"{file.parent} has a tokenizer without a fast form; save it as tokenizer.json")
     return json.loads(t.backend_tokenizer.to_str())
@@ -240,7 +241,7 @@ def resolve_model(
     allow_pickle:bool=False, # Also download `.bin` weights
 )->Path: # A folder with `config.json`
     "The folder of model `name`, downloaded when it is not on this machine"
-    p = Path(name)
+    p = Path(name).expanduser()
     if p.is_dir():
         load_json(p/'config.json')
         return p
@@ -312,8 +313,7 @@ def _check_configs(pretrained, reference):
 # %% ../nbs/11_base_model.ipynb #2b666d6a
 def _drawn(config, keys, seed):
     "Freshly initialised tensors `keys` of the sequence classifier of `config`, float32"
-    from transformers import AutoModelForSequenceClassification
-    with torch.device('meta'): model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    with torch.device('meta'): model = from_config('AutoModelForSequenceClassification', config, dtype=torch.float32)
     out = {}
     for name in sorted({k.rpartition('.')[0] for k in keys}):
         try: m = model.get_submodule(name)
@@ -393,11 +393,10 @@ def _plan(name, folder, kind, labels, shapes, settings, reference, seed, new_hea
 # %% ../nbs/11_base_model.ipynb #dc3ad681
 def _write_base(d, record, ckpt, found, config, shapes, perm, const, reference, words):
     "Write the base of a `_plan` to the folder `d`"
-    from transformers import AutoConfig
     dt = Counter(ckpt.dtype(k) for k in found.values() if ckpt.dtype(k).is_floating_point).most_common(1)[0][0]
     config = config | {'dtype':str(dt).removeprefix('torch.')}
     (d/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
-    new = _drawn(AutoConfig.from_pretrained(d), record['initialised'], record['seed'])
+    new = _drawn(from_folder('AutoConfig', d), record['initialised'], record['seed'])
     for k,v in new.items():
         if tuple(v.shape)!=tuple(shapes[k]):
             raise IncompatibleError(f"{k!r} is {tuple(shapes[k])} in the fine-tuned model, {tuple(v.shape)} in its class")
@@ -413,15 +412,13 @@ def _write_base(d, record, ckpt, found, config, shapes, perm, const, reference, 
 # %% ../nbs/11_base_model.ipynb #06f473e5
 def _make(out, plan, record):
     "The folder of the base of a `_plan`: found, or written"
-    import fcntl
     if (p := plan['perm']) and p!=sorted(p): warnings.warn(f"{record['pretrained']}: {record['note']}", stacklevel=3)
     cached = out is None
     out = cache_dir('base')/record['key'] if cached else Path(out)
     if _whole(out, record['key']): return out
-    with open(cache_dir('base')/f".{record['key']}.lock", 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(out):
         if _whole(out, record['key']): return out
-        with atomic_dir(out, replace=cached) as d: _write_base(d, record, **plan)
+        with atomic_dir(out, cached=cached) as d: _write_base(d, record, **plan)
     return out
 
 # %% ../nbs/11_base_model.ipynb #2dc50b37
@@ -451,13 +448,12 @@ def add_head(
     allow_pickle:bool=False, # Also read `.bin` weights, weights-only
 )->Path: # Folder of a sequence classifier
     "The `pretrained` encoder with a seeded head for `labels`: where all locales start"
-    from transformers import AutoConfig,AutoModelForSequenceClassification
     labels,folder = [str(o) for o in labels],resolve_model(pretrained, allow_pickle)
     if len(labels)<2 or len(set(labels))<len(labels):
         raise ValueError(f"labels are two or more different names; got {labels[:5]}")
     ids = dict(enumerate(labels))
-    config = AutoConfig.from_pretrained(folder, id2label=ids, label2id={o:i for i,o in ids.items()})
-    with torch.device('meta'): model = AutoModelForSequenceClassification.from_config(config)
+    config = from_folder('AutoConfig', folder, id2label=ids, label2id={o:i for i,o in ids.items()})
+    with torch.device('meta'): model = from_config('AutoModelForSequenceClassification', config)
     shapes = {k:tuple(v.shape) for k,v in model.named_parameters()}
     return _make(out, *_plan(pretrained, folder, type(model).__name__, labels, shapes, _head_settings(folder), None,
         seed, new_head, False, allow_pickle))

@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch,numpy as np,pandas as pd
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
 from .factorization import *
 from .clustering import *
 from .validation import *
@@ -360,11 +361,12 @@ def _write(self:Bases, d):
 @patch
 def save(self:Bases,
     folder, # Folder to write
+    replace:bool=False, # Replace an earlier result in `folder`, which holds nothing else (True), or refuse (False)
 )->Path:
     "Write the bases, so that the fine-tuned models are not needed"
-    p = self.place
+    p,folder = self.place,check_out(folder, replace)
     check_apart(folder, p.paths)
-    with atomic_dir(folder) as d:
+    with atomic_dir(folder, replace) as d:
         if self.kind!='random': self._write(d)
         if p.own: save_checkpoint(p.own, d/'own.safetensors')
         if p.heads: save_checkpoint({f'{t}/{k}':v for t in self.names for k,v in self.classifier(t).items()}, d/'classifiers.safetensors')
@@ -376,7 +378,7 @@ def save(self:Bases,
             base=dict(path=str(p.base.path.resolve()) if p.base.path else None, digest=kept_digest(p.base)[0]),
             files={o.name:open_checkpoint(o).digest() for o in sorted(d.glob('*.safetensors'))})
         with atomic_write(d/'bases.json') as f: json.dump(state|dict(digest=config_hash(state, 64)), f, indent=1, ensure_ascii=False)
-    return Path(folder)
+    return folder
 
 # %% ../nbs/26_bases.ipynb #723b880a
 def _unchanged(path, digest):

@@ -19,6 +19,7 @@ from numbers import Real
 from pathlib import Path
 import yaml
 from .core import *
+from .outputs import *
 
 # %% ../nbs/03_card.ipynb #981988a2
 def card_facts(
@@ -148,5 +149,5 @@ def write_card(
     read = lambda o: json.loads((folder/o).read_text(encoding='utf-8'))
     kind = (read('config.json').get('architectures') or [''])[0] if (folder/'config.json').is_file() else ''
     text = model_card(read('merge_record.json'), name or folder.resolve().name, kind, scores)
-    with atomic_write(folder/'README.md') as f: f.write(text)
+    with amend(folder, 'README.md') as f: f.write(text)
     return folder/'README.md'

@@ -23,6 +23,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .core import *
+from .outputs import *
 
 # %% ../nbs/10_checkpoint.ipynb #33f1f28b
 _types = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16',
@@ -221,7 +222,7 @@ def open_checkpoint(
     "Open `path` and check its header; no values are read"
     if isinstance(path, Checkpoint): return path
     if isinstance(path, dict): return Checkpoint(None, *_read_dict(path))
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists(): raise MissingDataError(f"no checkpoint at {path}; check the path, or download the model")
     p,read = _find(path, allow_pickle)
     return Checkpoint(path, *(_read_shards(p, read) if p.suffix=='.json' else read(p)))
@@ -354,8 +355,8 @@ class CheckpointWriter:
 # %% ../nbs/10_checkpoint.ipynb #7c5fe986
 @patch
 def __enter__(self:CheckpointWriter):
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    self._fd,self._tmp = tempfile.mkstemp(dir=self.path.parent, prefix=f'.{self.path.name}.', suffix='.tmp')
+    clear_left(self.path)
+    self._tmp,self._fd = temporary(self.path)
     n = 8+len(self._head)+self._room
     try:
         try: os.posix_fallocate(self._fd, 0, n)
@@ -372,7 +373,7 @@ def __enter__(self:CheckpointWriter):
 def _drop(self:CheckpointWriter):
     os.close(self._fd)
     self._fd = None
-    Path(self._tmp).unlink(missing_ok=True)
+    drop(self._tmp)
 
 @patch
 def _put(self:CheckpointWriter, b, at):

@@ -17,6 +17,7 @@ prints the result; `command_line` is what they share, and `main` of it runs them
 import ast,inspect,re,sys
 from pathlib import Path
 from .core import *
+from .outputs import *
 from .runner import *
 from .command_line import *
 from .command_line import _option
@@ -67,7 +68,7 @@ def _base(name):
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 
 @command('finetune', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment', 'base dataset')
-    + declared('train.finetune', 'seed device dtype') + declared('train.TrainOptions', optional=True))
+    + declared('train.finetune', 'seed device dtype replace') + declared('train.TrainOptions', optional=True))
 def finetune_command(
     out:required, # Folder to write; a finished run with the same configuration is found again
     **options, # `locale`, `base`, `dataset`, and those of `finetune`
@@ -110,9 +111,9 @@ def _pairs(text, what):
 def _models(text):
     "Name -> folder of a model or an adapter"
     if '=' in text or not Path(text).is_dir(): return _pairs(text, 'a list of models')
-    found = {o.parent.name:o.parent for n in ('config.json','adapter_config.json') for o in Path(text).glob(f'*/{n}')}
+    found = list_models(text)
     if not found: raise MissingDataError(f"{text} has no folder with a config.json; name models as en-US=path,de-DE=path")
-    return dict(sorted(found.items()))
+    return found
 
 # %% ../nbs/71_cli.ipynb #cf769b67
 @command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device dtype kept keep_going'))
@@ -126,10 +127,11 @@ def nxn_command(
     "Accuracy of every model on every locale"
     from merginguriel.data import load_intents
     from merginguriel.evaluate import nxn
+    check_file(out)
     models,dataset,split = _models(models),options.pop('dataset'),options['split']
     data = {o:load_intents(dataset, o, split) for o in _split(locales) or models}
     m = nxn(models, data, bank or cache_dir('predictions'), progress=_tty(), **options)
-    with atomic_write(out) as f: m.to_csv(f, index_label='source' if split=='dev' else f'source ({split})')
+    with output_file(out) as f: m.to_csv(f, index_label='source' if split=='dev' else f'source ({split})')
     print(m.round(3).to_string())
 
 # %% ../nbs/71_cli.ipynb #8249e99a
@@ -192,6 +194,7 @@ def merge_command(
     from merginguriel.adapter import as_model
     from merginguriel.merge import merge,merge_cost
     if not sources: raise ValueError("a merge needs --sources, or --config with a recipe")
+    check_out(out, options['replace'])
     values,base = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {},base and _base(base)
     models = {k:as_model(o, base, labels) for k,o in _models(sources).items()}
     how = dict(weights=_weights(weights), **values)
@@ -223,9 +226,10 @@ def audit_command(
     "What is really in a merged model, and what went wrong; exit code 1 if it names a fault"
     from json import dumps
     from merginguriel.audit import audit
+    if json: check_file(json)
     r = audit(merged, _base(base), _models(sources), weights=_weights(weights), **options)
     if json:
-        with atomic_write(json) as f: f.write(dumps(r.to_dict(), indent=1, ensure_ascii=False)+'\n')
+        with output_file(json) as f: f.write(dumps(r.to_dict(), indent=1, ensure_ascii=False)+'\n')
     print(r)
     return int(bool(r.warnings))
 
@@ -256,7 +260,8 @@ def _action(argv):
         add_tasks=[text('tasks', 'Tasks, as en-US,de-DE, each with weight 1, or with weights, as en-US=.7,de-DE=.3; without it, all', '')])
     made = [] if name in ('fit','show') else [text('out', 'Folder to write')]
     moved = [] if name=='fit' else [text('base', 'The base, where it is not where it was', None)]
-    return (declared(f'bases.{f}', ' '.join(params)) if f else [])+more.get(name, [])+made+moved
+    saved = declared('bases.save', 'replace') if name in ('fit','add') else []
+    return (declared(f'bases.{f}', ' '.join(params)) if f else [])+more.get(name, [])+made+saved+moved
 
 @command('bases', _action)
 def bases_command(
@@ -269,16 +274,19 @@ def bases_command(
     name,base = action.replace('-', '_'),options.pop('base', None)
     if name not in _actions: raise ValueError(f"the actions of bases are {', '.join(_actions).replace('_', '-')}; got {action!r}")
     if name=='fit':
+        replace = options.pop('replace')
+        check_out(folder, replace)
         options |= _kind_options(options['kind'], options.pop('hp'))
         b = fit_bases(_base(base), _models(options.pop('sources')), **options)
-        return _print_bases(b, b.save(folder))
+        return _print_bases(b, b.save(folder, replace))
     b = Bases.load(folder, base and _base(base))
     if name=='show': return _print_bases(b, folder)
     if name!='add': options |= {'tasks':_tasks(options['tasks'])} if 'tasks' in options else {}
-    out = options.pop('out')
+    out,replace = options.pop('out'),options.pop('replace', False)
+    check_out(out, replace if name=='add' else None)
     if name=='add':
         print(b.add(**options).round(4).to_string())
-        return print(f"written to {b.save(out)}")
+        return print(f"written to {b.save(out, replace)}")
     print(f"written to {getattr(b, name)(**options, out=out)}")
 
 def _tasks(text): return None if not text else _weights(text) if '=' in text else _split(text)
@@ -343,8 +351,10 @@ def report_command(
     tables = report_tables(Store(store, readonly=True), recipe, **(dict(locale=target) if target else {}))
     texts = {k:as_text(df, **options) for k,df in tables.items()}
     if not out: return print('\n'.join(f'### {k}\n\n{v}' for k,v in texts.items()))
+    end = dict(markdown='md', latex='tex', csv='csv')[options['format']]
+    files = {k:check_file(inside(out, f'{k}.{end}')) for k in texts}
     for k,v in texts.items():
-        with atomic_write(Path(out)/f"{k}.{dict(markdown='md', latex='tex', csv='csv')[options['format']]}") as f: f.write(v)
+        with output_file(files[k]) as f: f.write(v)
     print(f"{', '.join(texts)} written to {out}")
 
 @command('diff')

@@ -24,6 +24,7 @@ import torch
 from fastcore.docments import docments
 from . import __version__
 from .core import *
+from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .representation import *
@@ -46,7 +47,7 @@ def find_models(
     if not Path(models_dir).is_dir():
         raise MissingDataError(f"no folder {models_dir}; give the folder that holds one model folder per locale")
     wanted,found,other = [check_locale(o) for o in wanted or []],{},[]
-    for p in sorted(o for o in Path(models_dir).iterdir() if o.is_dir()):
+    for p in list_models(models_dir, every=True).values():
         names = _locales_in(p.name)
         if len(names)>1: raise ValueError(f"the folder {p.name} names {' and '.join(names)}; rename it so that it names one locale")
         if not names or wanted and names[0] not in wanted: other.append(p.name)
@@ -154,7 +155,7 @@ def off_diagonal(
     return dict(pairs=len(v), mean=float(v.mean()), std=float(v.std()), min=float(v.min()), max=float(v.max()))
 
 def _write(out, metric, matrix):
-    with atomic_write(Path(out)/matrix_files[metric]) as f: matrix.to_csv(f, index_label='model')
+    with output_file(Path(out)/matrix_files[metric]) as f: matrix.to_csv(f, index_label='model')
     return matrix
 
 def _cka(models, texts, cache, o, progress):
@@ -189,6 +190,7 @@ def compute_compatibility_matrix(
     "Task-vector cosine and CKA between the models of a folder, as CSV files with a log"
     options = {k:v for k,v in locals().items() if k not in ('models_dir','pretrained','output_dir','cache','progress')}
     metrics = _check(options)
+    for o in [*(matrix_files[m] for m in metrics), 'computation_log.json']: check_file(Path(output_dir)/o)
     models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()], seed)
     texts,ids = shared_texts(dataset, text_locale, split, n) if 'cka' in metrics else ([],[])
     base,cache = base_folder(pretrained),Path(cache or cache_dir('compatibility'))
@@ -217,7 +219,7 @@ def _write_log(out, log, models, base, cache):
     said = lambda p: p and dict(path=str(p), digest=kept_digest(open_checkpoint(p), cache)[0])
     log |= dict(models={k:said(v) for k,v in models.items()}, pretrained=said(base), versions=dict(merginguriel=__version__,
         torch=torch.__version__, numpy=np.__version__, python=platform.python_version()))
-    with atomic_write(Path(out)/'computation_log.json') as f: json.dump(log, f, indent=1, ensure_ascii=False)
+    with output_file(Path(out)/'computation_log.json') as f: json.dump(log, f, indent=1, ensure_ascii=False)
     return log
 
 # %% ../nbs/48_compute_compatibility_matrix.ipynb #b921898c

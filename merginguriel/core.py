@@ -6,17 +6,17 @@ Docs: https://merginguriel.github.io/merginguriel/core.html.md"""
 
 # %% auto #0
 __all__ = ['MerginGurielError', 'CheckpointError', 'IncompatibleError', 'MissingDataError', 'ContractError', 'StoreError',
-           'fsync_dir', 'atomic_write', 'atomic_dir', 'check_apart', 'model_folder', 'canonical_json', 'config_hash',
-           'file_digest', 'derive_seed', 'seed_everything', 'cache_dir']
+           'fsync_dir', 'drop', 'temporary', 'bytes_of', 'clear_left', 'atomic_write', 'model_folder', 'canonical_json',
+           'config_hash', 'file_digest', 'derive_seed', 'seed_everything', 'cache_dir']
 
 # %% ../nbs/00_core.ipynb #a34c6caf
-"""What every other module stands on. A file appears whole or not at all (`atomic_write`, `atomic_dir`); a configuration,
+"""What every other module stands on. A file appears whole or not at all (`atomic_write`); a configuration,
 a file or an array has one short name, its content hash (`config_hash`, `file_digest`); randomness comes from a seed that
 was passed in (`seed_everything`, `derive_seed`). Errors that a caller may want to tell apart have classes of their own,
 and each is also the built-in error it specialises, so `except ValueError` keeps working."""
 
 # %% ../nbs/00_core.ipynb #a061a5f6
-import hashlib,json,math,os,random,shutil,tempfile
+import hashlib,json,math,os,random,re,shutil,sys,tempfile
 from contextlib import contextmanager
 from dataclasses import asdict,is_dataclass
 from pathlib import Path
@@ -38,6 +38,68 @@ def fsync_dir(
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/00_core.ipynb #25c702c3
+def drop(
+    path:str|Path, # One file of this package's own, or a temporary folder, whose name begins with a dot
+)->None:
+    "Remove `path`; what is not there is left so"
+    path = Path(path)
+    if not path.is_dir() or path.is_symlink(): return path.unlink(missing_ok=True)
+    if not path.name.startswith('.'): raise ValueError(f"only temporary folders are removed here; got {path}")
+    shutil.rmtree(path)
+
+# %% ../nbs/00_core.ipynb #483e5b1d
+def _hold(fd):
+    "Whether this process holds the lock of an open file or folder from now on"
+    import fcntl
+    try: fcntl.flock(fd, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except OSError: return False # Another has it, or the file system has no locks
+    return True
+
+def temporary(
+    path:str|Path, # What the temporary file or folder is going to be
+    folder:bool=False, # Make a folder (True) or a file (False)
+)->tuple: # (its path, an open descriptor that says it is in use)
+    "A new hidden file or folder beside `path`, known as ours as long as the descriptor is open"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = dict(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    while True:
+        if folder:
+            tmp = tempfile.mkdtemp(**named)
+            fd = os.open(tmp, os.O_RDONLY)
+        else: fd,tmp = tempfile.mkstemp(**named)
+        _hold(fd)
+        if os.path.exists(tmp): return Path(tmp),fd
+        os.close(fd) # It was taken for abandoned before it was locked
+
+# %% ../nbs/00_core.ipynb #f2934452
+def bytes_of(
+    path:str|Path, # A file or folder
+)->int:
+    "Bytes in `path` and below it; links are not followed"
+    path = Path(path)
+    files = [path] if path.is_symlink() or not path.is_dir() else path.rglob('*')
+    return sum(o.lstat().st_size for o in files)
+
+def clear_left(
+    path:str|Path, # A result that is about to be written
+)->list: # Names of what was removed
+    "Remove what killed processes left of earlier tries to write `path`, and say so on standard error"
+    path,gone = Path(path),[]
+    mine = re.compile(re.escape(f'.{path.name}.')+r'[a-z0-9_]{8}\.tmp')
+    for p in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
+        if not mine.fullmatch(p.name) or p.is_symlink(): continue
+        fd = os.open(p, os.O_RDONLY)
+        try:
+            if not _hold(fd): continue
+            size = bytes_of(p)
+            drop(p)
+        finally: os.close(fd)
+        gone.append(p.name)
+        print(f"removed {p}, {size/1e6:.1f} MB that an interrupted run had left", file=sys.stderr)
+    return gone
+
 # %% ../nbs/00_core.ipynb #0a7a8125
 @contextmanager
 def atomic_write(
@@ -46,56 +108,19 @@ def atomic_write(
 ):
     "Open a temporary file beside `path`; on success it is flushed and renamed to `path`, on error removed"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    clear_left(path)
+    tmp,fd = temporary(path)
     try:
         with os.fdopen(fd, mode, encoding=None if 'b' in mode else 'utf-8') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o644)
-        os.replace(tmp, path)
+            os.chmod(tmp, 0o644)
+            os.replace(tmp, path)
         fsync_dir(path.parent)
     except BaseException:
-        Path(tmp).unlink(missing_ok=True)
+        drop(tmp)
         raise
-
-# %% ../nbs/00_core.ipynb #cf9334de
-@contextmanager
-def atomic_dir(
-    path:str|Path, # Folder to create
-    replace:bool=False, # Replace an existing folder of the same name (True), or refuse one that is not empty (False)
-):
-    "Yield a temporary folder beside `path`; on success its files are flushed and it is renamed to `path`"
-    path = Path(path)
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and holds something else; choose another folder, or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp'))
-    try:
-        yield tmp
-        for p in tmp.rglob('*'):
-            if p.is_file():
-                with open(p, 'rb+') as f: os.fsync(f.fileno())
-        os.chmod(tmp, 0o755)
-        if path.exists(): shutil.rmtree(path)
-        os.rename(tmp, path)
-        fsync_dir(path.parent)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-
-# %% ../nbs/00_core.ipynb #d17b8538
-def check_apart(
-    out:str|Path, # Where a result will be written
-    inputs:dict, # Name -> what it is made from; only paths are looked at
-)->None:
-    "Raise if `out` is one of `inputs`, inside one or around one"
-    for name,p in inputs.items():
-        if not isinstance(p, (str,Path)): continue
-        p,o = Path(p).resolve(),Path(out).resolve()
-        if o==p or o in p.parents or p in o.parents:
-            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
 
 # %% ../nbs/00_core.ipynb #7a131b7c
 def model_folder(

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .base_model import *
@@ -156,6 +157,7 @@ def _check_method(name, hp):
 def check(self:Experiment)->dict: # The contract's record
     "Raise on anything wrong with the configuration, before any work"
     check_locale(self.target, available_locales(self.dataset))
+    for o in (self.target, *self.sources, *self.candidates): check_name(o, 'a locale')
     if self.similarity not in ('uriel','real'): raise ValueError(f"similarity is 'uriel' or 'real'; got {self.similarity!r}")
     if not self.methods: raise ValueError("name at least one merge method")
     for m in self.methods: _check_method(*_method(m))
@@ -198,7 +200,7 @@ def train(self:Experiment,
     base,data,dev = self.start(),self.dataset_of(locale,'train'),self.dataset_of(locale,'dev')
     key = config_hash(dict(base=model_digest(base), data=data._fingerprint, dev=dev._fingerprint,
         seed=self.seed, options=self.options))
-    return finetune(base, data, Path(out)/'models'/f'{locale}-{key}', dev=dev, seed=self.seed, device=device,
+    return finetune(base, data, inside(out, 'models', f'{locale}-{key}'), dev=dev, seed=self.seed, device=device,
         progress=progress, **self.options)
 
 # %% ../nbs/51_experiment.ipynb #cb93a965
@@ -280,14 +282,15 @@ def merge_one(self:Experiment,
     key = config_hash(dict(base=open_checkpoint(start).digest(), sources=digests, weights=dict(weights), method=name,
         hp=hp if texts or own else check_hyperparameters(name, hp), texts={o:d._fingerprint for o,d in own.items()} if own else
             texts and texts._fingerprint, head=self.head, seed=self.seed))
-    path = Path(out)/'merged'/f'{self.target}-{name}-{key}'
-    if (path/'merge_record.json').exists(): return path
-    if own: merge_measured(start, models, own, path, name, weights, Path(out)/'statistics', self.head, self.seed, device, **hp)
-    elif texts is None: merge(start, models, path, name, weights, head=self.head, seed=self.seed, **hp)
-    else:
-        o = {k:v for k,v in hp.items() if k!='text'}
-        if 'prior' in o: o['prior'] = self.label_shares(models)
-        adapt(start, models, texts, path, weights, seed=self.seed, device=device, **o)
+    path = inside(out, 'merged', f'{self.target}-{name}-{key}')
+    with alone(path):
+        if (path/'merge_record.json').exists(): return path
+        if own: merge_measured(start, models, own, path, name, weights, Path(out)/'statistics', self.head, self.seed, device, **hp)
+        elif texts is None: merge(start, models, path, name, weights, head=self.head, seed=self.seed, **hp)
+        else:
+            o = {k:v for k,v in hp.items() if k!='text'}
+            if 'prior' in o: o['prior'] = self.label_shares(models)
+            adapt(start, models, texts, path, weights, seed=self.seed, device=device, **o)
     return path
 
 # %% ../nbs/51_experiment.ipynb #14aca6d9

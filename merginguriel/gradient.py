@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from torch import Tensor,nn
 from torch.nn import functional as F
 from .core import *
+from .loading import *
 from .checkpoint import *
 from .task_vector import *
 
@@ -185,11 +186,11 @@ def blank_classifier(
     device='cpu', # Where the parameters are held
 ): # A transformers sequence classifier in float32 whose values mean nothing and whose word vectors take no memory
     "The architecture of the classifier in `folder`, to be filled by merging"
-    from transformers import AutoConfig,AutoModelForSequenceClassification
-    config = AutoConfig.from_pretrained(folder)
+    config = from_folder('AutoConfig', folder)
     vocab = config.vocab_size
     config.vocab_size = (config.pad_token_id or 0)+1
-    with torch.random.fork_rng(devices=[]): model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        model = from_config('AutoModelForSequenceClassification', config, dtype=torch.float32)
     config.vocab_size = model.config.vocab_size = vocab
     small = model.get_input_embeddings()
     model.to(device).set_input_embeddings(nn.Embedding(vocab, small.embedding_dim, small.padding_idx, device='meta'))

@@ -24,12 +24,14 @@ import torch
 from torch.nn import functional as F
 from . import __version__
 from .core import *
+from .outputs import *
+from .loading import *
 from .checkpoint import *
 from .base_model import *
 from .pictures import *
 from .pictures import _signed
 from .train import *
-from .train import _epochs,_finished,_step
+from .train import _epochs,_step
 from .evaluate import *
 from .arithmetic import *
 
@@ -110,7 +112,7 @@ def image_base(
         steps=steps, width=width, layers=layers, size=size)
     key = config_hash(identity)
     out,began = Path(out) if out else cache_dir('vit')/key,time.time()
-    if _finished(out, key): return out
+    if finished_run(out, key): return out
     model = new_vit(shift[-1]+sum(_pretexts.values()), size, width, layers, seed=derive_seed(seed, 'vit'))
     losses = _pretrain(model, x, y, int(shift[-1]), steps, seed, progress)
     if not np.isfinite(losses).all(): raise ValueError(f"the loss is {losses[-1]}; try another seed")
@@ -159,10 +161,9 @@ def image_classifier(
     names=None, # Labels of a new classifier; None: the one it has
 ): # The model, in float32
     "An image classifier; a new classifier starts at zero"
-    from transformers import AutoModelForImageClassification
     quiet_transformers()
     new = dict(num_labels=len(names), id2label=dict(enumerate(names)), label2id={k:i for i,k in enumerate(names)}) if names else {}
-    model,info = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+    model,info = from_folder('AutoModelForImageClassification', path, dtype=torch.float32, output_loading_info=True,
         ignore_mismatched_sizes=bool(names), **new)
     heads = head_keys(model.state_dict())
     if bad := sorted(set(info['missing_keys'])-set(heads if names else [])):
@@ -229,7 +230,8 @@ def finetune_images(
         options=asdict(o))
     key = config_hash(identity)
     state_file = out.parent/f'.{out.name}.{key}.state'
-    if not _finished(out, key):
+    with alone(out):
+        if finished_run(out, key): return out
         model = image_classifier(folder, task.names)
         _check_size(model, task)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +244,7 @@ def finetune_images(
             record = dict(key=key, **identity, history=history, seconds=round(time.time()-began, 1),
                 versions=dict(merginguriel=__version__, torch=torch.__version__))
             (d/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
-    state_file.unlink(missing_ok=True)
+        drop(state_file)
     return out
 
 # %% ../nbs/66_images.ipynb #e8f175bf

@@ -18,12 +18,13 @@ the round. Every fine-tuned epoch and merge is a file, so a killed run goes on w
 model, trained on the texts of all locales, or of all but one. `run_recipe` divides a given number of epochs in any of these ways."""
 
 # %% ../nbs/55_iterative.ipynb #e3663c7d
-import json,shutil
+import json
 from dataclasses import dataclass,fields
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import *
+from .outputs import *
 from .checkpoint import *
 from .base_model import *
 from .merge import *
@@ -50,9 +51,9 @@ def _same_run(out, config):
     if (f := out/'cycles.json').exists():
         if (old := load_json(f))==config: return
         differ = sorted(k for k in config if old.get(k)!=config[k])
-        raise FileExistsError(f"{out} holds cycles with other {', '.join(differ)}; choose another folder, or remove it first")
+        raise FileExistsError(f"{out} holds cycles with other {', '.join(differ)}; choose another folder")
     if any(o for o in out.iterdir() if not o.name.startswith('.')):
-        raise FileExistsError(f"{out} holds something else; choose another folder, or remove it first")
+        raise FileExistsError(f"{out} holds something else; choose another folder")
     with atomic_write(f) as o: json.dump(config, o, indent=1)
 
 # %% ../nbs/55_iterative.ipynb #43266b85
@@ -60,7 +61,7 @@ def _round(start, data, folder, before, merging, training):
     "The merge of all locales, each fine-tuned from `start` in its turn; the optimisers of the round in `before` go on"
     merged = folder/'merged'
     if not merged.exists():
-        for o,d in data.items(): finetune(start, d, folder/o, after=before and before/o, **training)
+        for o,d in data.items(): finetune(start, d, inside(folder, o), after=before and before/o, **training)
         merge(start, {o:folder/o for o in data}, merged, **merging)
     return merged
 
@@ -105,26 +106,27 @@ def iterate(
     **options, # Fields of `TrainOptions` for each locale in each round; `anchor` above 0 is FedProx-like
 )->Cycles: # The last merge, and the accuracy of each
     "Fine-tune every locale from the last merge, merge, and again"
-    out,hp,dev,kept = Path(out),hp or {},dev or {},optimizer=='kept'
+    out,hp,dev,kept = Path(out).expanduser(),hp or {},dev or {},optimizer=='kept'
     _check_cycles(len(data), rounds, method, hp, momentum, optimizer)
     w = check_weights(data, {k:len(d) for k,d in data.items()} if weights is None else weights, negative=methods.traits(method).negative)
-    texts,dev_texts = ({k:d._fingerprint for k,d in o.items()} for o in (data,dev))
-    _same_run(out, dict(base=model_digest(resolve_model(base)), data=texts, dev=dev_texts, weights=w.to_dict(), method=method, hp=hp,
-        momentum=momentum, optimizer=optimizer, seed=seed, tol=tol, options=options)|(dict(schedule=rounds) if kept else {}))
-    seeds = [derive_seed(seed,'round',r)%2**31 for r in range(1, rounds+1)]
-    starts,rows,stop = [add_head(base, label_names(next(iter(data.values()))), seed=seeds[0])],[],False
-    for r,s in enumerate(seeds, 1):
-        here,last = out/f'round-{r}',out/f'round-{r-1}'
-        now = _round(starts[-1], data, here, last if kept and r>1 else None, dict(method=method, weights=w, seed=s, **hp),
-            dict(seed=s, device=device, progress=progress, parts=rounds if kept else 1, **options))
-        if momentum and r>1: now = _moved(now, *starts[-2:], momentum)
-        starts.append(now)
-        acc = {k:accuracy(p).value for k,p in banked(now, dev, out/'predictions', device).items()}
-        rows.append(dict(round=r, path=now, **acc, **(dict(mean=np.mean(list(acc.values()))) if acc else {})))
-        stop = bool(acc) and r<rounds and bool(_plateau([o['mean'] for o in rows], tol))
-        for f in [] if keep else [last]+[here]*(not kept or stop or r==rounds):
-            for o in data: shutil.rmtree(f/o, ignore_errors=True)
-        if stop: break
+    with alone(out):
+        texts,dev_texts = ({k:d._fingerprint for k,d in o.items()} for o in (data,dev))
+        _same_run(out, dict(base=model_digest(resolve_model(base)), data=texts, dev=dev_texts, weights=w.to_dict(), method=method, hp=hp,
+            momentum=momentum, optimizer=optimizer, seed=seed, tol=tol, options=options)|(dict(schedule=rounds) if kept else {}))
+        seeds = [derive_seed(seed,'round',r)%2**31 for r in range(1, rounds+1)]
+        starts,rows,stop = [add_head(base, label_names(next(iter(data.values()))), seed=seeds[0])],[],False
+        for r,s in enumerate(seeds, 1):
+            here,last = out/f'round-{r}',out/f'round-{r-1}'
+            now = _round(starts[-1], data, here, last if kept and r>1 else None, dict(method=method, weights=w, seed=s, **hp),
+                dict(seed=s, device=device, progress=progress, parts=rounds if kept else 1, **options))
+            if momentum and r>1: now = _moved(now, *starts[-2:], momentum)
+            starts.append(now)
+            acc = {k:accuracy(p).value for k,p in banked(now, dev, out/'predictions', device).items()}
+            rows.append(dict(round=r, path=now, **acc, **(dict(mean=np.mean(list(acc.values()))) if acc else {})))
+            stop = bool(acc) and r<rounds and bool(_plateau([o['mean'] for o in rows], tol))
+            for f in [] if keep else [last]+[here]*(not kept or stop or r==rounds):
+                for o in data: discard(f/o)
+            if stop: break
     return Cycles(now, pd.DataFrame(rows).set_index('round'), stop)
 
 # %% ../nbs/55_iterative.ipynb #4096b74c

@@ -17,7 +17,7 @@ every locale's own texts what its model lost, `merge_scores` builds ExcTar and I
 locale, and `agreement` holds the groups that task vectors form against families and scripts."""
 
 # %% ../nbs/68_locale_bases.ipynb #bbbda844
-import shutil,tempfile
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
 from .locales import *
 from .clustering import *
 from .checkpoint import *
@@ -146,10 +147,9 @@ def written(
     bases:Bases, # From `Locales.fit`
 ): # Yields a function without arguments that returns the bases as they are on disk
     "Write `bases` when they are first asked for, and remove them at the end"
-    folder = tempfile.mkdtemp()
     same = bases.kind in ('all','random') # Nothing to write, or nothing to save by it
-    try: yield cache(lambda: bases if same else Bases.load(bases.save(Path(folder)/'bases')))
-    finally: shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        yield cache(lambda: bases if same else Bases.load(bases.save(Path(folder)/'bases')))
 
 # %% ../nbs/68_locale_bases.ipynb #f6d7ba25
 def _is_own(bases):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .core import *
+from .outputs import *
 from .masks import *
 from .checkpoint import *
 from .task_vector import *
@@ -240,7 +241,7 @@ def localized(
             made[name] = {k:whole.read(k) for k in whole}
             for block,t in _reduced(one, owned, name, i): made[name][block.key][... if block.rows is None else block.rows] = t
             continue
-        with atomic_dir(Path(out)/name) as d, CheckpointWriter(d, {k:(whole.dtype(k),whole.shape(k)) for k in whole}) as w:
+        with atomic_dir(inside(out, name)) as d, CheckpointWriter(d, {k:(whole.dtype(k),whole.shape(k)) for k in whole}) as w:
             if f := model_folder(v): copy_model_files(f, d)
             for block,t in _reduced(one, owned, name, i): w.write(block.key, t, block.rows)
             for k in [k for k in whole if k not in body]: w.write(k, whole.read(k))

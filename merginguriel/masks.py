@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
 
 # %% ../nbs/07_masks.ipynb #46108da9
 class Masks:

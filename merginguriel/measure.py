@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from .core import *
+from .outputs import *
 from .toy import *
 from .checkpoint import *
 from .base_model import *

@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 from . import __version__
 from .core import *
+from .outputs import *
 from .card import *
 from .checkpoint import *
 from .base_model import *
@@ -430,6 +431,28 @@ def _copy_files(plan, sources, out):
         if k in config and len(floats)==1: config[k] = floats[0]
     (out/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
 
+# %% ../nbs/20_merge.ipynb #c0f37269
+def _write(out, replace, plan, base, sources):
+    "Make the folder `out` of a plan"
+    with atomic_dir(out, replace) as d:
+        _check_tokenizers(plan, {'the base':plan.base_file and plan.base_file.path, **sources})
+        _copy_files(plan, sources, d)
+        spec = {k:(dt,plan.sources[plan.first].shape(k)) for k,dt in plan.dtypes.items()}
+        with _threads(plan), CheckpointWriter(d, spec) as w:
+            for k,rows,t in _merged(plan): w.write(k, t, rows)
+        record = _record(plan, base, sources)
+        (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+        write_card(d, name=out.name)
+    return MergeReport(out, record, plan.all_weights, plan.head, plan.warnings)
+
+def _same_merge(out, plan, base, sources):
+    "The report of the merge in `out` where it is the one that was planned, else None"
+    if not (out/'merge_record.json').is_file(): return None
+    made = load_json(out/'merge_record.json')
+    planned = json.loads(json.dumps(_record(plan, base, sources)))
+    if any(made.get(k)!=v for k,v in planned.items() if k not in ('warnings','versions')): return None
+    return MergeReport(out, made, plan.all_weights, plan.head, made['warnings'])
+
 # %% ../nbs/20_merge.ipynb #471c3128
 def merge(
     base, # Pretrained model: folder or file; None where the method needs no base
@@ -441,22 +464,16 @@ def merge(
     seed:int=0, # Seed of methods that draw random numbers
     allow_mixed_heads:bool=False, # Average heads of different initialisations all the same
     allow_generic:bool=False, # Compare placeholder labels with names by number
-    replace:bool=False, # Replace the folder `out` if it exists
+    replace:bool=False, # Replace an earlier merge in `out`, which holds nothing else (True), or refuse (False)
     max_elements:int=1<<17, # Values in a block; memory grows with it and with the number of sources
     **hp, # Hyperparameters of the method
 )->MergeReport:
     "Merge checkpoints into a new model folder, block by block"
     _check_arguments(base, sources, method, head)
+    out = check_out(out, replace)
     check_apart(out, {'the base':base, **sources})
     sources = {k:as_model(v, base) for k,v in sources.items()}
-    with atomic_dir(out, replace) as d:
+    with alone(out) as waited:
         plan = _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_generic, max_elements, hp)
-        _check_tokenizers(plan, {'the base':plan.base_file and plan.base_file.path, **sources})
-        _copy_files(plan, sources, d)
-        spec = {k:(dt,plan.sources[plan.first].shape(k)) for k,dt in plan.dtypes.items()}
-        with _threads(plan), CheckpointWriter(d, spec) as w:
-            for k,rows,t in _merged(plan): w.write(k, t, rows)
-        record = _record(plan, base, sources)
-        (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
-        write_card(d, name=Path(out).name)
-    return MergeReport(Path(out), record, plan.all_weights, head, plan.warnings)
+        if waited and (made := _same_merge(out, plan, base, sources)): return made
+        return _write(out, replace, plan, base, sources)

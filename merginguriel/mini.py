@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import *
+from .outputs import *
 
 # %% ../nbs/41_mini.ipynb #84545ca0
 def mini_path(

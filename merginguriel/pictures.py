@@ -25,6 +25,8 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 from .core import *
+from .loading import *
+from .base_model import *
 
 # %% ../nbs/38_pictures.ipynb #77015bf3
 def resize(
@@ -216,8 +218,8 @@ def hub_task(
 )->ImageTask:
     "A task from a labelled image data set"
     from datasets import load_dataset
-    from transformers import AutoImageProcessor
-    processor,d = AutoImageProcessor.from_pretrained(base),load_dataset(path, config)
+    processor = from_folder('AutoImageProcessor', resolve_model(base))
+    d = load_dataset(path, config)
     columns = next(iter(d.values())).column_names
     lack = [f'the split {k}' for k in ('train','test') if k not in d]+[f'the column {k}' for k in (image,label) if k not in columns]
     if lack: raise MissingDataError(f"{path} has not {', '.join(lack)}; it has {', '.join(d)} with {', '.join(columns)}")

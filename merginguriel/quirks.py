@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from .core import *
+from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .base_model import *
@@ -121,7 +122,8 @@ def data_assignment(
 # %% ../nbs/61_quirks.ipynb #9f4e3486
 def _kept(path, make):
     "`path`, made by `make` unless it is there"
-    if not (path/'merge_record.json').exists(): make(path)
+    with alone(path):
+        if not (path/'merge_record.json').exists(): make(path)
     return path
 
 def unshared_heads(
@@ -136,7 +138,7 @@ def unshared_heads(
     mixed = {o:seeds[s].models[o] for o,s in zip(w.index, at)}
     key = config_hash([{o:open_checkpoint(p).digest() for o,p in mixed.items()}, w.to_dict(), open_checkpoint(start).digest()])
     def made(head):
-        path = Path(out)/'merged'/f'{e.target}-mixed-{head}-{key}'
+        path = inside(out, 'merged', f'{e.target}-mixed-{head}-{key}')
         _kept(path, lambda p: merge(start, mixed, p, 'linear', w, head=head, allow_mixed_heads=True))
         return Variant(replace(e, head=head), path, dict(head_seeds=dict(zip(w.index, at))))
     return dict(right=_linear(e, seeds[e.seed].models, w, out), published=made('average'), best=made('best'))
@@ -176,7 +178,7 @@ def random_head_leak(
     right = _linear(e, seeds[e.seed].models, w, out, method)
     def made(drawn):
         key = config_hash([open_checkpoint(o).digest() for o in (right.path, drawn)]+[k*scale])
-        return _kept(Path(out)/'merged'/f'{e.target}-leak-{key}', lambda p: _leak(right.path, drawn, k*scale, p))
+        return _kept(inside(out, 'merged', f'{e.target}-leak-{key}'), lambda p: _leak(right.path, drawn, k*scale, p))
     fresh = replace(e, seed=e.seed+1000).start() # a head that no source has seen
     return dict(right=right, published=Variant(e, made(fresh), dict(leak=1-k*scale, drawn='fresh')),
         own_start=Variant(e, made(e.start()), dict(leak=1-k*scale, drawn='start')))

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from .core import *
+from .outputs import *
 from .checkpoint import *
 from .base_model import *
 from .card import *
@@ -227,15 +228,16 @@ def run_recipe(
     labels=None, # Names of the labels of adapters, in id order
     allow_mixed_heads:bool=False, # Average heads of different initialisations all the same
     allow_generic:bool=False, # Compare placeholder labels with names by number
-    replace:bool=False, # Replace the folder `out` if it exists
+    replace:bool=False, # Replace an earlier merge in `out`, which holds nothing else (True), or refuse (False)
 )->MergeReport:
     "Merge as a mergekit recipe says"
+    out = check_out(out, replace)
     r,base,sources = _opened(recipe, labels)
     check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
         m = merge(base, sources, d, r.method, r.weights, head, seed, allow_mixed_heads, allow_generic, **r.hp)
-        record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), Path(out).name)
-    return changed(m, path=Path(out), record=record)
+        record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), out.name)
+    return changed(m, path=out, record=record)
 
 # %% ../nbs/58_recipe.ipynb #0f8f0cc8
 def recipe_cost(

@@ -20,7 +20,7 @@ machine or on a Ray cluster. A run is the hash of its configuration, and it is f
 interrupted starts afresh, what failed is kept with its reason."""
 
 # %% ../nbs/52_runner.ipynb #25101fb8
-import ast,atexit,builtins,gc,inspect,json,os,resource,shutil,sys,tempfile,threading,time
+import ast,atexit,builtins,gc,inspect,json,os,re,resource,shutil,sys,tempfile,threading,time
 from collections import Counter,deque
 from concurrent.futures import ThreadPoolExecutor,as_completed
 from dataclasses import dataclass
@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
+from .pages import *
 from .workers import *
 from .grids import *
 
@@ -119,18 +121,6 @@ def lean_process()->None:
     return_memory()
 
 # %% ../nbs/52_runner.ipynb #eea75612
-def _execute(path, dest, params, progress=False):
-    import papermill
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    quiet = ['--IPKernelApp.log_level=CRITICAL'] # Its transport and its end are no concern of the reader
-    try:
-        papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
-            progress_bar=progress, extra_arguments=quiet)
-    except papermill.PapermillExecutionError as e:
-        last = (str(e.evalue).strip().splitlines() or [''])[-1]
-        raise MerginGurielError(f"{e.ename}: {last} (in cell {e.exec_count} of {dest}, which is executed up to there)") from e
-    return dest
-
 def run_template(
     name:str|Path, # Template name such as 'exctar', or a notebook path
     out:str|Path|None=None, # Folder for the executed copy and for what the template writes; None: the template's own
@@ -143,9 +133,14 @@ def run_template(
     if out is not None and 'out' in known: params['out'] = str(out)
     check_parameters(path, params)
     used = known|params
-    label = '-'.join([str(used[k]) for k in ('target','world') if used.get(k)] + [path.stem])
-    dest = Path(out or used.get('out') or 'runs')/f'{label}.ipynb'
-    return _execute(path, dest, params, progress)
+    label = '-'.join([*_known_by(used), path.stem])
+    config = dict(template=path.stem)|{k:v for k,v in used.items() if k not in ('out','store','device')}
+    return execute_page(path, out or used.get('out') or 'runs', label, params, config, progress)
+
+def _known_by(params):
+    "What a reader knows a page by"
+    if params.get('target'): yield check_name(str(params['target']), 'the target')
+    if params.get('world'): yield re.sub(r'[^\w-]+', '-', Path(str(params['world'])).stem)
 
 # %% ../nbs/52_runner.ipynb #6d835c94
 def last_text(
@@ -194,7 +189,7 @@ def plan(
     kind,name,fixed = _owner(grid)
     known = {k:v for k,v in _parameters(kind, name).items() if k not in ('out','store')}
     if own := set(known)&{'template','code','job'}: raise ValueError(f"{name} has a parameter {own.pop()!r}, a sweep's own name")
-    out = Path(out or grid.get('out') or 'runs').absolute()
+    out = Path(out or grid.get('out') or 'runs').expanduser().absolute()
     defaults,settings,runs = {k:v[1] for k,v in known.items()},grid_settings(grid, known),{}
     for params in settings:
         _check(known, params, fixed.get('template', name))
@@ -204,7 +199,7 @@ def plan(
         runs[config_hash(config)] = config
     if not runs: raise ValueError("the grid has no run left; exclude less")
     twice = len(settings)-len(runs)
-    return Plan(kind, name, runs, out, Path(store or grid.get('store') or out/'store.sqlite').absolute(),
+    return Plan(kind, name, runs, out, Path(store or grid.get('store') or out/'store.sqlite').expanduser().absolute(),
         [f"{twice} of {len(settings)} runs are there twice, and are done once"]*bool(twice))
 
 # %% ../nbs/52_runner.ipynb #a6b56957
@@ -305,9 +300,7 @@ def _do(kind, name, params, out, store, dest):
     known = _parameters(kind, name)
     params = params|{k:str(v) for k,v in dict(out=out, store=store).items() if k in known}
     if kind=='job': return find_job(name)(**params) or []
-    running = dest.with_suffix('.running.ipynb')
-    _execute(name, running, params)
-    os.replace(running, dest)
+    execute_page(Path(name), dest.parent, dest.stem, params, dict(run=dest.stem))
     return []
 
 def _outcome(kind, name, config, out, dest):
@@ -371,7 +364,7 @@ def _settle(self:_Sweep, h, outcome):
         except StoreError as e:
             if isinstance(e.__cause__, sqlite3.Error): raise # Of the store, and not of this run
             error,outcome = f'StoreError: {e}',dict(again=False)
-    if not error: failed.unlink(missing_ok=True)
+    if not error: drop(failed)
     elif outcome['again'] and self.tries[h]<=self.retries:
         with self.lock: self.todo.appendleft(h)
         return self.claims.give_back(h)

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from .core import *
+from .outputs import *
 from .toy import *
 from .checkpoint import *
 from .base_model import *
@@ -284,7 +285,7 @@ def fit_tasks(
     about = config_hash(dict(base=digest, seed=seed, head=head, options=options))
     for k,d in tqdm(tasks.items(), disable=not progress, unit='task', leave=False):
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
-        folder,labels = Path(out)/about/f'{k}-{data}',label_names(d['train'])
+        folder,labels = inside(out, about, f'{k}-{data}'),label_names(d['train'])
         start = name_head(base, labels, Path(out)/'names'/config_hash([digest, labels])) if head=='names' else base
         models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models

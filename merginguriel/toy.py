@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import *
+from .outputs import *
 
 # %% ../nbs/02_toy.ipynb #ae50fa7d
 toy_locales = ['de-DE','en-US','sq-AL','sw-KE','vi-VN']
@@ -117,17 +118,18 @@ def _write_tokenizer(path):
 # %% ../nbs/02_toy.ipynb #f41fc4de
 def _write_model(path, params, config):
     from safetensors.numpy import save_file
-    path.mkdir(parents=True, exist_ok=True)
-    save_file({k:v.astype(np.float32) for k,v in params.items()}, path/'model.safetensors', metadata={'format':'pt'})
-    (path/'config.json').write_text(json.dumps(config, indent=1))
-    _write_tokenizer(path)
+    with atomic_dir(path, replace=True) as d:
+        save_file({k:v.astype(np.float32) for k,v in params.items()}, d/'model.safetensors', metadata={'format':'pt'})
+        (d/'model.safetensors').chmod(0o644) # safetensors writes files that only the owner may read
+        (d/'config.json').write_text(json.dumps(config, indent=1))
+        _write_tokenizer(d)
     return path
 
 def toy_base(
     out:str|Path, # Folder to write
 )->Path: # The folder: an encoder without a head, its tokenizer and its configuration
     "Write the toy base model to `out`"
-    return _write_model(Path(out), _encoder(), _config(architectures=['XLMRobertaModel']))
+    return _write_model(Path(out).expanduser(), _encoder(), _config(architectures=['XLMRobertaModel']))
 
 # %% ../nbs/02_toy.ipynb #8e78ad8f
 def toy_sources(
@@ -145,7 +147,7 @@ def toy_sources(
         p = {k: v + scale*(_rng('task',k).normal(size=v.shape) + _rng('task',k,o).normal(size=v.shape))*.5**.5 for k,v in p.items()}
         cfg = _config(architectures=['XLMRobertaForSequenceClassification'], id2label=dict(enumerate(toy_labels)),
             label2id={l:i for i,l in enumerate(toy_labels)})
-        models[o] = _write_model(Path(out)/o, p, cfg)
+        models[o] = _write_model(inside(out, o), p, cfg)
     return models
 
 # %% ../nbs/02_toy.ipynb #034bfa20

@@ -6,7 +6,7 @@ Docs: https://merginguriel.github.io/merginguriel/train.html.md"""
 
 # %% auto #0
 __all__ = ['TrainOptions', 'train_options', 'bucketed_batches', 'pad', 'pick_device', 'quiet_transformers', 'load_classifier',
-           'text_limit', 'logits', 'model_digest', 'training_record', 'finetune']
+           'text_limit', 'logits', 'model_digest', 'training_record', 'finished_run', 'finetune']
 
 # %% ../nbs/42_train.ipynb #0a353ae3
 """`finetune` turns labelled text of one locale into a classifier that can be merged with those of other locales. What makes
@@ -15,7 +15,7 @@ makes it honest is the end: the epoch with the best dev accuracy is kept, the ea
 record of everything that went in. A run that was killed goes on from its last finished epoch and ends with the same bytes."""
 
 # %% ../nbs/42_train.ipynb #8c200242
-import json,math,os,pickle,platform,shutil,time
+import json,math,os,pickle,platform,shutil,sys,time
 from dataclasses import asdict,dataclass,fields,replace
 from pathlib import Path
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 from torch.nn import functional as F
 from . import __version__
 from .core import *
+from .outputs import *
+from .loading import *
 from .toy import *
 from .checkpoint import *
 from .base_model import *
@@ -150,19 +152,18 @@ def load_classifier(
     dropout:float|None=None, # Dropout everywhere, in [0, 1); None: as configured
 ): # (model in float32, tokenizer)
     "A sequence classifier and its tokenizer"
-    from transformers import AutoConfig,AutoModelForSequenceClassification,AutoTokenizer
     quiet_transformers()
     open_checkpoint(path)
-    cfg = AutoConfig.from_pretrained(path)
+    cfg = from_folder('AutoConfig', path)
     for k in ('hidden_dropout_prob','attention_probs_dropout_prob','classifier_dropout','dropout','attention_dropout',
             'seq_classif_dropout'):
         if dropout is not None and hasattr(cfg, k): setattr(cfg, k, dropout)
-    model,info = AutoModelForSequenceClassification.from_pretrained(path, config=cfg, dtype=torch.float32,
+    model,info = from_folder('AutoModelForSequenceClassification', path, config=cfg, dtype=torch.float32,
         output_loading_info=True, ignore_mismatched_sizes=True)
     if bad := sorted([*info['missing_keys'], *(o[0] for o in info['mismatched_keys'])]):
         raise CheckpointError(f"{path} lacks {bad[0]!r}, or has it in another shape ({len(bad)} such tensors); a classifier is "
             "whole, and a base gets its head from add_head")
-    return model,AutoTokenizer.from_pretrained(path)
+    return model,from_folder('AutoTokenizer', path)
 
 # %% ../nbs/42_train.ipynb #d917d03f
 def text_limit(
@@ -277,13 +278,19 @@ def training_record(
     if not p.exists(): raise MissingDataError(f"{path} has no training_record.json, so it was not written by finetune")
     return load_json(p)
 
-def _finished(out, key):
-    "Whether `out` holds this very run"
-    if not out.exists() or out.is_dir() and not any(out.iterdir()): return False
-    done = training_record(out).get('key') if (out/'training_record.json').is_file() else None
+def finished_run(
+    out:Path, # Folder of a model
+    key:str, # Hash of everything that determines a run
+    replace:bool|None=None, # As for `check_out`
+)->bool:
+    "Whether `out` holds this very run; raise where it does not and cannot be written"
+    done = (out/'training_record.json').is_file() and training_record(out).get('key')
     if done==key: return True
-    what = 'holds another fine-tuning run' if done else 'holds something else' if out.is_dir() else 'is a file'
-    raise FileExistsError(f"{out} {what}; choose another folder, or remove it first")
+    if done and not replace:
+        more = '' if replace is None else ', or replace it with replace=True (--replace)'
+        raise FileExistsError(f"{out} holds another fine-tuning run; choose another folder{more}")
+    check_out(out, replace)
+    return False
 
 # %% ../nbs/42_train.ipynb #87222d85
 def _save_state(path, **state):
@@ -298,6 +305,19 @@ def _load_state(path, key):
     if not isinstance(s, dict) or s.get('key')!=key or not {'model','opt','schedule','history','best'}<=s.keys():
         raise CheckpointError(f"{path} is not a state of this run; remove it to start afresh")
     return s
+
+# %% ../nbs/42_train.ipynb #6211e670
+def _write(folder, start, state, o, record, device, left):
+    "Write the model with the weights `state` that was trained from `start`"
+    copy_model_files(start, folder)
+    c = load_json(folder/'config.json')
+    c['finetune'] = c.get('finetune', {})|{'max_length':o.max_length} # Evaluation keeps as many tokens
+    (folder/'config.json').write_text(json.dumps(c, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+    kept = set(open_checkpoint(start).keys())
+    save_checkpoint({k:v.contiguous() for k,v in state.items() if k in kept}, folder/'model.safetensors')
+    if left: torch.save(left, folder/'optimizer.pt')
+    record |= dict(device=device, versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
+    (folder/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
 # %% ../nbs/42_train.ipynb #65688d56
 def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_file, patience=0, progress=False, done=0):
@@ -361,12 +381,14 @@ def finetune(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     dtype:str='fp32', # 'fp32', or 'bf16' for mixed precision on CUDA; weights are kept and saved in float32
     progress:bool=False, # Show a bar of optimiser steps
+    replace:bool=False, # Replace an earlier run in `out`, which holds nothing else (True), or refuse (False)
     parts:int=1, # Runs of `epochs` over which one schedule is spread; with more than 1, the last epoch is kept, and optimizer.pt beside it
     after:str|Path|None=None, # Folder of the part before, whose moments and schedule go on from `base`; None: this is the first part
     **options, # Fields of `TrainOptions`, e.g. epochs=3
 )->Path: # `out`: weights, configuration with labels, tokenizer, training_record.json
     "Fine-tune a classifier for one locale from `base` and the head of `seed`"
-    names,out = _check_data(dataset, dev),Path(out)
+    names,out = _check_data(dataset, dev),Path(out).expanduser()
+    if not (out/'training_record.json').is_file(): check_out(out, replace)
     device = pick_device(device, dtype)
     _check_head(base, names)
     start = add_head(base, names, seed=seed)
@@ -374,23 +396,16 @@ def finetune(
     identity = _identity(start, dataset, dev, seed, o, names, dtype)|_part(parts, after, dev)
     key,began = config_hash(identity),time.time()
     state_file = out.parent/f'.{out.name}.{key}.state'
-    if _finished(out, key):
-        state_file.unlink(missing_ok=True)
-        return out
-    seed_everything(seed)
-    model,tok = load_classifier(start, o.dropout)
-    text_limit(model, o.max_length)
-    best,history,left = _fit(model.to(device), tok, dataset, dev, o, seed, key, state_file, device, dtype=='bf16', progress, parts, after)
-    with atomic_dir(out) as d:
-        copy_model_files(start, d)
-        c = load_json(d/'config.json')
-        c['finetune'] = c.get('finetune', {})|{'max_length':o.max_length} # Evaluation keeps as many tokens
-        (d/'config.json').write_text(json.dumps(c, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
-        kept = set(open_checkpoint(start).keys())
-        save_checkpoint({k:v.contiguous() for k,v in best.items() if k in kept}, d/'model.safetensors')
-        if parts>1: torch.save(left, d/'optimizer.pt')
-        record = dict(key=key, **identity, best_epoch=_best(history)+1, history=history, seconds=round(time.time()-began,1),
-            device=device, versions=dict(merginguriel=__version__, torch=torch.__version__, python=platform.python_version()))
-        (d/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
-    state_file.unlink(missing_ok=True)
+    with alone(out) as waited:
+        if finished_run(out, key, replace):
+            if waited: print(f"{out}: took the model that the other run made", file=sys.stderr)
+        else:
+            seed_everything(seed)
+            model,tok = load_classifier(start, o.dropout)
+            text_limit(model, o.max_length)
+            best,history,left = _fit(model.to(device), tok, dataset, dev, o, seed, key, state_file, device, dtype=='bf16', progress,
+                parts, after)
+            record = dict(key=key, **identity, best_epoch=_best(history)+1, history=history, seconds=round(time.time()-began,1))
+            with atomic_dir(out, replace) as d: _write(d, start, best, o, record, device, left if parts>1 else None)
+        drop(state_file)
     return out

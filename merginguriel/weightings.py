@@ -16,12 +16,12 @@ factor that is the same for all sources moves nothing. `pair_gains` asks the mat
 models better than what the two score by themselves? `mantel` tests two matrices of pairs, whose entries are not independent."""
 
 # %% ../nbs/62_weightings.ipynb #efb4c6e0
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .core import *
+from .outputs import *
 from .evaluate import *
 from .significance import *
 from .store import *
@@ -75,7 +75,7 @@ def score_weights(
     try: c = s.correct(e.id, method_label(m), e.target, 'test', by_id=True).rename_axis('id')
     except MissingDataError: c = None
     if c is not None: return weights,accuracy_of(c)
-    with tempfile.TemporaryDirectory(dir=out) as d:
+    with working_dir(Path(out)/'weightings') as d:
         a = e.test_models({'x':e.merge_one(m, sources, e.merged_weights(weights), d, device)}, d, device)['x']
     rows = [a.row(**o, name=method_label(m))]
     rows += [o|dict(name=f'source:{k}', metric='weight', value=float(w)) for k,w in weights.items()]

@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from fastcore.basics import patch
 from .core import *
+from .outputs import *
 
 # %% ../nbs/08_workers.ipynb #0dca876f
 class WorkerDied(MerginGurielError, RuntimeError): "A process ended before it answered"
@@ -237,7 +238,7 @@ def give_back(self:Claims,
     name:str, # As for `take`
 )->None:
     "End the claim on `name`"
-    (self.folder/name).unlink(missing_ok=True)
+    drop(self.folder/name)
     os.close(self.held.pop(name))
 
 @patch
