@@ -44,6 +44,17 @@ def targets(o):
     if isinstance(o, dict): return [t for k in ('href','file','contents','left','right','menu') for t in targets(o.get(k))]
     return []
 
+def automatic(o):
+    "Globs of the `auto` items of a Quarto navigation, in order"
+    if isinstance(o, list): return [t for x in o for t in automatic(x)]
+    if isinstance(o, dict): return [*([o['auto']] if 'auto' in o else []), *automatic(o.get('contents'))]
+    return []
+
+def expand(site, glob):
+    "Pages that Quarto puts in the place of an `auto` item: those of the folder, without its index"
+    there = pages(site)
+    return [str(p.relative_to(site)) for p in sorted(Path(site).glob(glob)) if p in there and p.stem!='index']
+
 def pages(site): return sorted(p for p in Path(site).rglob('*') if p.suffix in PAGES and not p.name.startswith('_'))
 
 def front_matter(path):
@@ -53,8 +64,9 @@ def front_matter(path):
 
 def dangling_targets(site):
     "Targets of sidebar, navbar and listings under `site` that do not exist"
-    web = load(site/'_quarto.yml')['website']
-    bad = [t for t in targets(load(site/'sidebar.yml')['website']['sidebar'])+targets(web['navbar']) if not (site/t).is_file()]
+    web,side = load(site/'_quarto.yml')['website'],load(site/'sidebar.yml')['website']['sidebar']
+    bad = [t for t in targets(side)+targets(web['navbar']) if not (site/t).is_file()]
+    bad += [f'auto: {g}' for g in automatic(side) if not expand(site, g)]
     for p in pages(site):
         if p.suffix=='.ipynb': continue
         listing = front_matter(p)[0].get('listing') or []
@@ -64,13 +76,28 @@ def dangling_targets(site):
     return bad
 
 def unlisted(site):
-    "Pages under `site` that the sidebar does not name"
-    named = targets(load(site/'sidebar.yml')['website']['sidebar'])
-    return [str(p.relative_to(site)) for p in pages(site) if str(p.relative_to(site)) not in named]
+    "Pages under `site` that the sidebar does not have, and those that it has twice"
+    side = load(site/'sidebar.yml')['website']['sidebar']
+    named = targets(side)+[p for g in automatic(side) for p in expand(site, g)]
+    return [str(p.relative_to(site)) for p in pages(site) if named.count(str(p.relative_to(site)))!=1]
 
 
 def test_navigation_targets_exist(staged): assert dangling_targets(staged) == []
 def test_every_page_is_in_the_sidebar(staged): assert unlisted(staged) == []
+
+def test_every_floor_is_a_section_made_from_its_folder(staged):
+    reference = load(staged/'sidebar.yml')['website']['sidebar']['contents'][-1]['contents']
+    there = sorted(p.name for p in staged.iterdir() if p.is_dir() and re.match(r'\d_', p.name))
+    assert [o['contents'] for o in reference] == [[dict(auto=f'{name}/*')] for name in there] and len(there)==8
+    assert [o['section'][0] for o in reference] == [name[0] for name in there]
+
+def test_the_architecture_page_shows_every_notebook_of_a_floor():
+    "Its table and picture are computed when it is executed, and kept: execute it again when a notebook comes or goes"
+    cells = json.loads((NBS/'explanations/architecture.ipynb').read_text(encoding='utf-8'))['cells']
+    data = [o.get('data', {}) for c in cells for o in c.get('outputs', [])]
+    shown = '\n'.join(''.join(o.get('text/markdown', '')) for o in data)
+    there = sorted(str(p.relative_to(NBS)) for p in NBS.glob('[0-9]_*/*.ipynb'))
+    assert re.findall(r'\]\(\.\./(\d_\w+/\w+\.ipynb)\)', shown) == there and there
 
 def test_every_notebook_is_staged(staged):
     there = {p.relative_to(NBS) for p in NBS.rglob('*.ipynb') if not any(o.startswith(('.','_')) for o in p.relative_to(NBS).parts)}
@@ -78,11 +105,20 @@ def test_every_notebook_is_staged(staged):
 
 def test_a_missing_and_an_unlisted_page_are_reported(staged, tmp_path):
     site = Path(shutil.copytree(staged, tmp_path/'site'))
-    (site/'00_core.ipynb').rename(site/'07_planted.ipynb')
-    for p in (site/'skills').glob('*.md'): p.unlink()
+    (site/'index.ipynb').rename(site/'07_planted.ipynb')
+    for p in [*(site/'skills').glob('*.md'), *(site/'7_command').glob('*')]: p.unlink()
+    (site/'8_attic').mkdir()
+    for name in ('8_attic/10_planted.ipynb', '0_ground/11_new.ipynb', '0_ground/_notes.ipynb', '0_ground/index.ipynb'):
+        shutil.copy(site/'0_ground/10_core.ipynb', site/name)
     bad = dangling_targets(site)
-    assert '00_core.ipynb' in bad and any(o.startswith('skills/index.qmd: ') for o in bad)
-    assert unlisted(site) == ['07_planted.ipynb']
+    assert 'index.ipynb' in bad and any(o.startswith('skills/index.qmd: ') for o in bad)
+    assert 'auto: 7_command/*' in bad and 'auto: skills/*' in bad
+    # the new page of a floor is listed by itself
+    assert unlisted(site) == ['07_planted.ipynb', '0_ground/index.ipynb', '8_attic/10_planted.ipynb']
+    side = load(site/'sidebar.yml')
+    side['website']['sidebar']['contents'][0]['contents'].append('0_ground/11_new.ipynb')
+    (site/'sidebar.yml').write_text(yaml.dump(side))
+    assert '0_ground/11_new.ipynb' in unlisted(site) # twice
 
 
 # ---- links, anchors and images
