@@ -244,6 +244,7 @@ def resolve_model(
     p = Path(name).expanduser()
     if p.is_dir():
         load_json(p/'config.json')
+        refuse_code(p)
         return p
     if p.exists(): raise IncompatibleError(f"{p} is a file; give the folder with its config.json")
     if isinstance(name, Path) or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)) or str(name).startswith('.'):
