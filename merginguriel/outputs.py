@@ -125,7 +125,7 @@ def amend(
 # %% ../nbs/0_ground/15_outputs.ipynb #384e9643
 def _taken(p, replace):
     "Why the existing path `p` cannot be written, and what to do; None where it can"
-    if p.is_symlink(): return f"is a link to {os.readlink(p)}; give the folder itself"
+    if p.is_symlink(): return f"is a link to {os.readlink(p)}; choose another folder, or give the one it leads to"
     if not p.exists(): return None
     if not p.is_dir(): return 'is a file; choose the name of a folder'
     here = Path.cwd()
