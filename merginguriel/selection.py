@@ -149,7 +149,8 @@ def select_sources(
     return w.loc[order].rename('weight').rename_axis('source')
 
 # %% ../nbs/31_selection.ipynb #f3da12f2
-TARGET_INFO = ('none','unlabelled_dev','labelled_dev','unlabelled_test','target_model','labelled_test')
+TARGET_INFO = ('none','unlabelled_train','unlabelled_dev','parallel_text','labelled_dev','unlabelled_test','target_model',
+    'labelled_test')
 _refused = {False: ('labelled_dev','target_model','labelled_test'), True: ('labelled_test',)} # by include_target
 
 def _touched(touched, include_target):
@@ -180,8 +181,8 @@ def check_contract(
     if bad and not oracle:
         raise ContractError(f"{mode} may not see {', '.join(bad)} of the target{f' {target}' if target else ''}; "
             "do without (URIEL selection touches nothing), or ask for oracle=True, which stamps the result 'oracle'")
-    stamp = ('oracle' if oracle else 'transductive' if 'unlabelled_test' in touched
-        else 'supervised' if include_target else 'unsupervised' if 'unlabelled_dev' in touched else 'zero-shot')
+    stamp = ('oracle' if oracle else 'transductive' if 'unlabelled_test' in touched else 'supervised' if include_target
+        else 'parallel' if 'parallel_text' in touched else 'zero-shot' if touched==['none'] else 'unsupervised')
     return dict(mode=mode, touched=touched, stamp=stamp)
 
 # %% ../nbs/31_selection.ipynb #c00532f1
