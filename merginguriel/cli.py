@@ -94,9 +94,10 @@ def finetune_all_command(
     from merginguriel.data import available_locales
     from merginguriel.experiment import Experiment
     from merginguriel.jobs import train_all
+    from merginguriel.locales import check_locale
     fields = {k:options.pop(k) for k in 'base dataset halves n_train'.split()}
-    device,names = options.pop('device'),_split(locales)
-    if names==['all']: names = available_locales(fields['dataset'])
+    device,known = options.pop('device'),available_locales(fields['dataset'])
+    names = known if locales=='all' else [check_locale(o, known) for o in _split(locales)]
     es = [Experiment(o, seed=int(s), options=_given(options), **fields) for s in _split(seeds) for o in names]
     train_all(es, models, device, _tty(), lambda line: print(line, flush=True))
 
