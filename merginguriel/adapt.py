@@ -124,8 +124,8 @@ def adapt(
         result.trajectory.to_csv(d/'trajectory.csv', index=False)
         result.log.to_csv(d/'search_log.csv')
         result.histograms.to_csv(d/'predicted_classes.csv')
-        shared = seen_by(sources, texts)
-        record = result.record|dict(shared_ids=shared, plus=plus, density=density if plus else None, texts=len(texts), batch_size=batch_size, seed=seed)
+        record = result.record|dict(shared_ids=seen_by(sources, texts), texts=len(texts), batch_size=batch_size, seed=seed)
+        record |= dict(plus=plus, density=density if plus else None)
         (d/'adaptation.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return result
 

@@ -373,6 +373,7 @@ def _epochs(model, opt, schedule, epochs, steps, train, score, seed, key, state_
                     schedule=schedule.state_dict())
     return {k:v.detach().cpu() for k,v in model.state_dict().items()}|best,history
 
+# %% ../nbs/42_train.ipynb #4e7af4a8
 def _go_on(opt, schedule, after, steps, parts):
     "Give the optimiser what the part in the folder `after` left; `steps` are those of a part. Returns the number of parts done"
     s = torch.load(Path(after)/'optimizer.pt', map_location='cpu', weights_only=True)
