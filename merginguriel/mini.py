@@ -42,7 +42,7 @@ def mini_path(
 def _toy_folder():
     from merginguriel.toy import toy_base
     path = cache_dir('toy')/'base'
-    return path if (path/'model.safetensors').exists() else toy_base(path)
+    return path if (path/'seen.json').exists() else toy_base(path)
 
 named_bases = {'mini':mini_path, 'toy':_toy_folder, 'e5':e5_base, 'e5-massive':e5_massive_base} # Name -> function that returns its folder
 

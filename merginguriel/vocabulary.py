@@ -14,7 +14,7 @@ and answers the same. Every single character that the vocabulary has stays, so t
 loses nothing."""
 
 # %% ../nbs/36_vocabulary.ipynb #55dc9e10
-import json,re
+import json,re,shutil
 from pathlib import Path
 from .core import *
 from .checkpoint import *
@@ -129,6 +129,7 @@ def _write_smaller(out, tok, spec, ids, base, config, c, digest):
         (tmp/'config.json').write_text(dump(_smaller_config(config, ids, rows, digest)), encoding='utf-8')
         (tmp/'tokenizer.json').write_text(dump(_renumber(spec, ids), None), encoding='utf-8')
         (tmp/'tokenizer_config.json').write_text(dump(_tokenizer_config(tok)), encoding='utf-8')
+        if (seen := Path(base)/'seen.json').is_file(): shutil.copyfile(seen, tmp/'seen.json')
         (tmp/'README.md').write_text(_smaller_card(base, ids, rows, digest), encoding='utf-8')
     return Path(out)
 
