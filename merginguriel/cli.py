@@ -62,8 +62,8 @@ def templates_command():
 # %% ../nbs/71_cli.ipynb #8174dd39
 def _base(name):
     "`name`, or the folder that it stands for"
-    from merginguriel.mini import base_folder
-    return base_folder(name) if name in ('mini','toy') else name
+    from merginguriel.mini import base_folder,named_bases
+    return base_folder(name) if name in named_bases else name
 
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 

@@ -127,6 +127,8 @@ def toy_base(
     out:str|Path, # Folder to write
 )->Path: # The folder: an encoder without a head, its tokenizer and its configuration
     "Write the toy base model to `out`"
+    seen = dict(locales=toy_locales, parallel=True, languages=[], corpora=['the toy world'])
+    with atomic_write(Path(out)/'seen.json') as f: json.dump(seen, f, indent=1)
     return _write_model(Path(out), _encoder(), _config(architectures=['XLMRobertaModel']))
 
 # %% ../nbs/02_toy.ipynb #8e78ad8f
