@@ -24,6 +24,7 @@ import pandas as pd
 from fastcore.basics import patch
 from .core import *
 from .locales import *
+from .card import base_seen
 from .checkpoint import *
 from .base_model import *
 from .merge import *
@@ -83,13 +84,14 @@ def _scaled(name, w): return w*len(w) if methods.traits(name).default=='ones' el
 def _method(m): return (m,{}) if isinstance(m, str) else (m['method'], {k:v for k,v in m.items() if k!='method'})
 
 @patch
-def contract(self:Experiment, sources=())->dict: # The record of `check_contract`: mode, touched, stamp
+def contract(self:Experiment, sources=(), _base=True)->dict: # The record of `check_contract`: mode, touched, stamp
     "What this run touches of the target, checked against what its mode allows"
     touched = set([] if self.sources else touched_by(self.similarity)) - {'none'}
     touched |= {f"unlabelled_{text_of(m)}" for m in self.methods if text_of(m)}
     if 'unlabelled_train' in touched:
         others = [self.dataset_of(o,'train') for o in sources or self.sources or self.pool()[:1] if o!=self.target]
         if shared_ids(self.dataset_of(self.target,'train','B'), *others): touched.add('parallel_text')
+    if _base: touched |= set(base_touches(base_seen(base_folder(self.base)), self.target))
     touched |= {'unlabelled_dev'} if self.compatibility=='cka_target' else set()
     return check_contract(self.include_target, touched or 'none', oracle=self.oracle, target=self.target, sources=sources)
 
@@ -97,7 +99,7 @@ def contract(self:Experiment, sources=())->dict: # The record of `check_contract
 @patch
 def config(self:Experiment)->dict: # Plain values
     "What the store keeps of this experiment: its fields, and what they touch of the target"
-    c = asdict(self) | dict(contract=self.contract())
+    c = asdict(self) | dict(contract=self.contract(_base=False)) # What the run touched; the base is a field
     unused = ['compatibility','shuffled']*(not self.compatibility) + ['halves']*(not self.halves)
     return {k:v for k,v in c.items() if k not in unused} # An id from before these fields holds
 
