@@ -77,7 +77,7 @@ def seal(
 # %% ../nbs/0_ground/15_outputs.ipynb #251148ed
 _records = ('merge_record.json','training_record.json','base_record.json','adapter_record.json','bases_record.json',
     'bases.json','masks.json','measurement.json','adaptation.json')
-_once = re.compile(r'(README\.md|optimizer\.pt|(generation_|tokenizer_|preprocessor_)?config\.json|(special_tokens_map|added_tokens|'
+_once = re.compile(r'(README\.md|optimizer\.pt|seen\.json|(generation_|tokenizer_|preprocessor_)?config\.json|(special_tokens_map|added_tokens|'
     r'tokenizer|vocab)\.json|vocab\.txt|merges\.txt|[\w.]+\.model|chat_template\.jinja|[\w-]+\.safetensors|'
     r'(trajectory|search_log|predicted_classes)\.csv)')
 
