@@ -25,6 +25,7 @@ from .measure import *
 from .train import *
 from .trials import *
 from .experiment import *
+from .gains import *
 from .experiment import run as run_experiment,_method,_scaled
 
 # %% ../nbs/5_runs/55_jobs.ipynb #4ba286db
