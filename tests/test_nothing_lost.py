@@ -105,6 +105,7 @@ def check(w, out, argv, kind):
         after, said = tree(top), err.getvalue().strip().splitlines()
         named = {o.partition('=')[2] if o.startswith('--') else o for o in argv[1:]}
         places = [Path(os.path.normpath(work/o)) for o in named if o and '\x00' not in o]
+        if argv[0] in ('compat', 'report'): places += [p.resolve() for p in places] # A folder of files may be given by a link
         within = lambda k: any(top/k == p or p in (top/k).parents for p in places)
         torn = lambda k: re.search(r'(^|/)\.[^/]+\.[a-z0-9_]{8}\.tmp(/|$)', k)
         replaced = lambda k: any(p == top/k or p in (top/k).parents for p in may)
