@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/gains.html.md"""
 __all__ = ['baselines', 'baseline_names', 'item_groups', 'score_table', 'gains', 'answer']
 
 # %% ../nbs/5_runs/22_gains.ipynb #12456fc0
-"""A merge is worth having if it beats what there was before. Five baselines say what that can mean, from the model of the target itself
-to the mean of the models that were merged. `gains` compares every merge of a run with each of them on the same test items, with an
-interval and a p-value that is corrected over all comparisons, and `answer` puts the first of them in one sentence. A gain is a
-difference of accuracies, in [0, 1]."""
+"""A merge is worth having if it beats what there was before. Five baselines say what that can mean, from the
+model of the target itself to the mean of the models that were merged. `gains` compares every merge of a run
+with each of them on the same test items, with an interval and a p-value that is corrected over all
+comparisons, and `answer` puts the first of them in one sentence. A gain is a difference of accuracies, in
+[0, 1]."""
 
 # %% ../nbs/5_runs/22_gains.ipynb #69c8c27b
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from .data import *
 from .significance import *
 from .experiment import *
 
-# %% ../nbs/5_runs/22_gains.ipynb #52312bb1
+# %% ../nbs/5_runs/22_gains.ipynb #ae977ce6
 baselines = ['own','best_zero_shot','best_source','mean_source','uniform']
 
 def baseline_names(
@@ -38,12 +39,14 @@ def baseline_names(
     if name!='best_zero_shot': each = [k for k in each if k.removeprefix('source:') in chosen] or each
     return each if name=='mean_source' else [max(each, key=values.get)]
 
+# %% ../nbs/5_runs/22_gains.ipynb #52312bb1
 @patch
 def baseline(self:Result,
     name:str, # One of `baselines`
 )->list: # One `Accuracy`, or one per source for 'mean_source'
     "The accuracies that a baseline stands for"
-    return [self.accuracies[k] for k in baseline_names(name, {k:a.value for k,a in self.accuracies.items()}, self.weights.index)]
+    return [self.accuracies[k]
+        for k in baseline_names(name, {k:a.value for k,a in self.accuracies.items()}, self.weights.index)]
 
 def item_groups(
     result:Result, # Of `run`
@@ -64,12 +67,15 @@ def score_table(
                 accuracy=float(np.mean([a.value for a in accs])), n=accs[0].n))
     return pd.DataFrame(rows)
 
-# %% ../nbs/5_runs/22_gains.ipynb #ba173970
+# %% ../nbs/5_runs/22_gains.ipynb #1f31fbb8
 def _same_recipe(results):
     if not results: raise ValueError("give at least one result")
     recipes = {config_hash(asdict(r.experiment) | dict(seed=0)) for r in results}
-    if len(recipes)>1: raise ValueError(f"results of {len(recipes)} different recipes; pool only runs that differ in their seed")
+    if len(recipes)>1:
+        raise ValueError(f"results of {len(recipes)} different recipes; pool only runs that differ in their "
+            "seed")
 
+# %% ../nbs/5_runs/22_gains.ipynb #ba173970
 def gains(
     results:list, # Results of one recipe, one per seed
 )->pd.DataFrame: # One row per method and baseline: gain, low, high, p, holm, verdict, discordance, detectable
@@ -80,30 +86,36 @@ def gains(
     ours = {f'{m}|{b}':runs(lambda r: [r.accuracies[m]]) for m,b in pairs}
     theirs = {f'{m}|{b}':runs(lambda r: r.baseline(b)) for m,b in pairs}
     groups = item_groups(results[0])
-    df = compare(ours, theirs, groups={k:groups for k in ours} if groups else None).rename(columns={'diff':'gain'})
+    df = compare(ours, theirs,
+        groups={k:groups for k in ours} if groups else None).rename(columns={'diff':'gain'})
     return df.assign(method=[m for m,_ in pairs], baseline=[b for _,b in pairs]).reset_index(drop=True)[
         'method baseline gain low high p holm verdict discordance detectable n'.split()]
 
-# %% ../nbs/5_runs/22_gains.ipynb #c254e226
+# %% ../nbs/5_runs/22_gains.ipynb #e59a36fb
 def _phrase(row, what):
-    pts,(lo,hi) = 100*row.gain,(100*row.low,100*row.high)
+    pts = 100*row.gain
+    lo = 100*row.low
+    hi = 100*row.high
     words = {'better':f'{pts:.1f} points above', 'worse':f'{-pts:.1f} points below',
         'no difference shown':f'not shown to differ ({pts:+.1f} points) from'}[row.verdict]
     return f'{words} {what} [{lo:.1f}, {hi:.1f}]'
 
+# %% ../nbs/5_runs/22_gains.ipynb #c254e226
 def answer(
     results:list, # Results of one recipe, one per seed
     table:pd.DataFrame|None=None, # `gains(results)`, when it is at hand
 )->str: # One sentence
     "What the runs say about their first method"
-    r,g = results[0],gains(results) if table is None else table
+    r = results[0]
+    g = gains(results) if table is None else table
     m = method_label(r.experiment.methods[0])
     row = g[g.method==m].set_index('baseline').loc
     acc = np.mean([o.accuracies[m].value for o in results])
     c = r.contract
     touched = 'nothing of the target' if c['touched']==['none'] else ', '.join(c['touched']).replace('_',' ')
-    return (f"{r.experiment.target}, {c['mode']} ({c['stamp']}; touched: {touched}): {m} of {', '.join(r.weights.index)} "
-        f"scores {100*acc:.1f} %, "
-        f"{_phrase(row['best_zero_shot'], 'the best other model')}, {_phrase(row['uniform'], 'equal weights')} "
-        f"and {_phrase(row['own'], 'the model of the target itself')}; {len(results)} seed{'s' if len(results)>1 else ''}, "
-        f"{r.accuracies[m].n} test items.")
+    return (f"{r.experiment.target}, {c['mode']} ({c['stamp']}; touched: {touched}): {m} of "
+        f"{', '.join(r.weights.index)} scores {100*acc:.1f} %, "
+        f"{_phrase(row['best_zero_shot'], 'the best other model')}, "
+        f"{_phrase(row['uniform'], 'equal weights')} and "
+        f"{_phrase(row['own'], 'the model of the target itself')}; {len(results)} "
+        f"seed{'s' if len(results)>1 else ''}, {r.accuracies[m].n} test items.")

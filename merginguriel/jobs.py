@@ -8,12 +8,13 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/jobs.html.md"""
 __all__ = ['experiment', 'trial', 'alone', 'train_all']
 
 # %% ../nbs/5_runs/55_jobs.ipynb #c6bc50bd
-"""A grid names a template, or a job, which a worker calls without starting a kernel. `experiment` is one experiment with all its
-baselines, under the id it always has. `trial` is one merge, made in memory and scored on one split: for grids of hundreds of
-merges of models that are there or are trained once. `train_all` is the training itself: the models of many locales and seeds, one
-after the other, into a folder where every run finds them."""
+"""A grid names a template, or a job, which a worker calls without starting a kernel. `experiment` is one
+experiment with all its baselines, under the id it always has. `trial` is one merge, made in memory and
+scored on one split: for grids of hundreds of merges of models that are there or are trained once.
+`train_all` is the training itself: the models of many locales and seeds, one after the other, into a folder
+where every run finds them."""
 
-# %% ../nbs/5_runs/55_jobs.ipynb #7de6e69c
+# %% ../nbs/5_runs/55_jobs.ipynb #4dba028a
 import fcntl,os,time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,9 @@ from .train import *
 from .trials import *
 from .experiment import *
 from .gains import *
-from .experiment import run as run_experiment,_method,_scaled
+
+# %% ../nbs/5_runs/55_jobs.ipynb #7de6e69c
+from .experiment import run as run_experiment
 
 # %% ../nbs/5_runs/55_jobs.ipynb #4ba286db
 @job
@@ -59,18 +62,20 @@ def trial(
     "Accuracy of one merge"
     e = experiments(str(seed), methods=method, target=target, **kwargs)[0]
     e.check()
-    if len(e.methods)!=1: raise ValueError(f"a trial has one method; got {method!r}, so give a list in the grid")
-    name,hp = _method(e.methods[0])
-    if text_of(e.methods[0]) or measures(name, hp): raise ValueError(f"{name} reads texts before it merges; try it with the job experiment")
+    if len(e.methods)!=1:
+        raise ValueError(f"a trial has one method; got {method!r}, so give a list in the grid")
+    name,hp = named_method(e.methods[0])
+    if text_of(e.methods[0]) or measures(name, hp):
+        raise ValueError(f"{name} reads texts before it merges; try it with the job experiment")
     chosen = e.select(e.similarity_matrix(out))
     models = {o:e.train(o, out) for o in chosen.index}
-    w = _scaled(name, e.merged_weights(e.compatible(chosen, models, out)))
+    w = source_coefficients(name, e.merged_weights(e.compatible(chosen, models, out)))
     data = e.dataset_of(target, split)
     trials = Trials(e.start(), {o:models[o] for o in w.index}, subsample(data, texts) if texts else data)
     a = trials.accuracy(name, w, head=e.head, seed=seed, **hp)
     return [a.row(name=method_label(e.methods[0]), locale=target, split=split)]
 
-# %% ../nbs/5_runs/55_jobs.ipynb #e5a834a5
+# %% ../nbs/5_runs/55_jobs.ipynb #496ad812
 @contextmanager
 def alone(
     folder:str|Path, # Folder to work in, made when missing
@@ -80,14 +85,17 @@ def alone(
     with open(Path(folder)/'.lock', 'a') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"another process is training into {folder}; wait for it, or give another folder") from None
+            raise FileExistsError(f"another process is training into {folder}; wait for it, or give another "
+                "folder") from None
         yield
 
+# %% ../nbs/5_runs/55_jobs.ipynb #e5a834a5
 def _said(record, e):
     "One line about a trained model"
     best = record['history'][record['best_epoch']-1]
     dev = f"dev accuracy {best['dev_accuracy']:.4f} in epoch {best['epoch']} of {len(record['history'])}"
-    return f"{e.target}, seed {e.seed}: {dev}, {record['seconds']/60:.1f} minutes in {record['dtype']} on {record['device']}"
+    took = f"{record['seconds']/60:.1f} minutes in {record['dtype']} on {record['device']}"
+    return f"{e.target}, seed {e.seed}: {dev}, {took}"
 
 # %% ../nbs/5_runs/55_jobs.ipynb #78627e43
 def train_all(
@@ -99,8 +107,11 @@ def train_all(
 )->dict: # (locale, seed) -> model folder
     "Fine-tune the model of each of `experiments`, or find it"
     models = models or os.environ.get('MERGINGURIEL_MODELS')
-    if not models: raise ValueError("say where the models go: with models, or with the variable MERGINGURIEL_MODELS")
-    out,seconds,n = {},[],len(experiments)
+    if not models:
+        raise ValueError("say where the models go: with models, or with the variable MERGINGURIEL_MODELS")
+    out = {}
+    seconds = []
+    n = len(experiments)
     with alone(models):
         for i,e in enumerate(experiments, 1):
             path = e.train(e.target, progress=progress, device=device, models=models)

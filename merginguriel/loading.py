@@ -8,32 +8,36 @@ Docs: https://merginguriel.github.io/merginguriel/1_tensors/loading.html.md"""
 __all__ = ['refuse_code', 'from_folder', 'from_config']
 
 # %% ../nbs/1_tensors/05_loading.ipynb #9275e719
-"""A folder on the hub may name Python files of its own under `auto_map`, and transformers runs them when it is told to, or asks on
-the terminal, where a piped `y` is enough. Here the answer is always no: `from_folder` is the one way in which this package loads
-a configuration, a tokenizer, a processor or a model, and `refuse_code` says which file asks for code and what to do."""
+"""A folder on the hub may name Python files of its own under `auto_map`, and transformers runs them when it
+is told to, or asks on the terminal, where a piped `y` is enough. Here the answer is always no: `from_folder`
+is the one way in which this package loads a configuration, a tokenizer, a processor or a model, and
+`refuse_code` says which file asks for code and what to do."""
 
 # %% ../nbs/1_tensors/05_loading.ipynb #be6a5707
 import json
 from pathlib import Path
 from .core import *
 
-# %% ../nbs/1_tensors/05_loading.ipynb #8d5d08b2
+# %% ../nbs/1_tensors/05_loading.ipynb #6f79db48
 def refuse_code(
     folder:str|Path, # Model folder
 )->None:
     "Raise if a configuration in `folder` names Python code"
     for p in sorted(Path(folder).glob('*config.json')):
         try: said = json.loads(p.read_text(encoding='utf-8'))
-        except (ValueError,OSError) as e: raise CheckpointError(f"{p} is not a JSON file ({e}); download or save it again") from e
+        except (ValueError,OSError) as e:
+            raise CheckpointError(f"{p} is not a JSON file ({e}); download or save it again") from e
         code = said.get('auto_map') if isinstance(said, dict) else None
         if not code: continue
         first = next(iter(code.values())) if isinstance(code, dict) else code
-        raise IncompatibleError(f"{p} names Python code of its own under auto_map ({first}), which is never run here. If you trust "
-            "it, load the model with transformers in a program of your own and save it as a class that transformers has; if "
-            "its class is one of transformers' own anyway, remove auto_map from the file")
+        raise IncompatibleError(f"{p} names Python code of its own under auto_map ({first}), which is never "
+            "run here. If you trust it, load the model with transformers in a program of your own and save "
+            "it as a class that transformers has; if its class is one of transformers' own anyway, remove "
+            "auto_map from the file")
 
+# %% ../nbs/1_tensors/05_loading.ipynb #98523ee5
 def from_folder(
-    kind:str, # Class of transformers, e.g. 'AutoConfig', 'AutoTokenizer', 'AutoModelForSequenceClassification'
+    kind:str, # Class of transformers, e.g. 'AutoTokenizer' or 'AutoModelForSequenceClassification'
     folder:str|Path, # Folder on this machine
     **options, # Of its `from_pretrained`
 ): # What `from_pretrained` returns
@@ -42,6 +46,7 @@ def from_folder(
     refuse_code(folder)
     return getattr(transformers, kind).from_pretrained(str(folder), trust_remote_code=False, **options)
 
+# %% ../nbs/1_tensors/05_loading.ipynb #8d5d08b2
 def from_config(
     kind:str, # Class of transformers, e.g. 'AutoModelForSequenceClassification'
     config, # A configuration that `from_folder` loaded

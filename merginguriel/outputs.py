@@ -9,11 +9,11 @@ __all__ = ['record_name', 'check_name', 'inside', 'check_apart', 'seal', 'foreig
            'discard', 'working_dir', 'check_file', 'output_file', 'list_models']
 
 # %% ../nbs/0_ground/15_outputs.ipynb #fcd275ce
-"""A result has one way onto the disk. `check_out` says before any work whether a folder may be written, `alone` lets one
-process at a time write it, `atomic_dir` makes it appear whole or not at all and leaves in it a list of its files. A folder is
-replaced only if that list is there and nothing beside it: a typo in an output path costs nothing. `output_file` does the same
-for a single file, `inside` builds names below a folder that cannot lead out of it, and `list_models` says which folders in a
-folder are models."""
+"""A result has one way onto the disk. `check_out` says before any work whether a folder may be written,
+`alone` lets one process at a time write it, `atomic_dir` makes it appear whole or not at all and leaves in
+it a list of its files. A folder is replaced only if that list is there and nothing beside it: a typo in an
+output path costs nothing. `output_file` does the same for a single file, `inside` builds names below a
+folder that cannot lead out of it, and `list_models` says which folders in a folder are models."""
 
 # %% ../nbs/0_ground/15_outputs.ipynb #43321a00
 import ctypes,json,os,re,secrets,sys
@@ -27,10 +27,10 @@ def check_name(
     what:str='a name', # How the error calls it
 )->str: # The same string
     "Return `name` if it is a single step of a path, or raise"
-    ok = isinstance(name, str) and name and not name.startswith('.') and not re.search(r'[/\\\x00-\x1f\x7f]', name)
-    if ok and len(name.encode())<=200: return name
-    raise ValueError(f"{what} becomes part of a file name: it has no / or \\, does not begin with a dot, and has at most "
-        f"200 bytes; got {name!r}")
+    ok = isinstance(name, str) and name and not name.startswith('.')
+    if ok and not re.search(r'[/\\\x00-\x1f\x7f]', name) and len(name.encode())<=200: return name
+    raise ValueError(f"{what} becomes part of a file name: it has no / or \\, does not begin with a dot, and "
+        f"has at most 200 bytes; got {name!r}")
 
 # %% ../nbs/0_ground/15_outputs.ipynb #346d34c6
 def inside(
@@ -40,9 +40,11 @@ def inside(
     "A path below `out`, or an error if it would lead out of it"
     root = Path(out).expanduser()
     path = root.joinpath(*[check_name(o, 'a name below the output folder') for o in names])
-    real,top = path.parent.resolve(),root.resolve()
+    real = path.parent.resolve()
+    top = root.resolve()
     if names and real!=top and top not in real.parents:
-        raise ValueError(f"{path.parent} is a link to {real}, outside {root}; make {root} itself the link, or give that folder")
+        raise ValueError(f"{path.parent} is a link to {real}, outside {root}; make {root} itself the link, "
+            "or give that folder")
     return path
 
 # %% ../nbs/0_ground/15_outputs.ipynb #373ca1b1
@@ -56,7 +58,8 @@ def check_apart(
         if not isinstance(p, (str,Path)): continue
         p = Path(p).expanduser().resolve()
         if o==p or o in p.parents or p in o.parents:
-            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); choose another folder")
+            raise FileExistsError(f"the result would be written to {out}, over or inside {name} ({p}); "
+                "choose another folder")
 
 # %% ../nbs/0_ground/15_outputs.ipynb #b77039f5
 record_name = '.merginguriel.json' # In every folder that `atomic_dir` writes
@@ -74,15 +77,18 @@ def seal(
     listed = {p.relative_to(folder).as_posix():_trace(p) for p in files if p.name!=record_name}
     (folder/record_name).write_text(json.dumps(dict(format=1, files=listed), indent=1)+'\n', encoding='utf-8')
 
-# %% ../nbs/0_ground/15_outputs.ipynb #251148ed
-_records = ('merge_record.json','training_record.json','base_record.json','adapter_record.json','bases_record.json',
-    'bases.json','masks.json','measurement.json','adaptation.json')
-_once = re.compile(r'(README\.md|optimizer\.pt|seen\.json|(generation_|tokenizer_|preprocessor_)?config\.json|(special_tokens_map|added_tokens|'
+# %% ../nbs/0_ground/15_outputs.ipynb #9c35d2c7
+_records = ('merge_record.json','training_record.json','base_record.json','adapter_record.json',
+    'bases_record.json',    'bases.json','masks.json','measurement.json','adaptation.json')
+_once = re.compile(r'(README\.md|optimizer\.pt|seen\.json|'
+    r'(generation_|tokenizer_|preprocessor_)?config\.json|'
+    r'(special_tokens_map|added_tokens|'
     r'tokenizer|vocab)\.json|vocab\.txt|merges\.txt|[\w.]+\.model|chat_template\.jinja|[\w-]+\.safetensors|'
     r'(trajectory|search_log|predicted_classes)\.csv)')
 
+# %% ../nbs/0_ground/15_outputs.ipynb #251148ed
 def _listed(folder):
-    "Name -> trace of the files that the package wrote into `folder`; without a trace where that is not known; None: not ours"
+    "Name -> trace, or None where it is not known, of what was written into `folder`; None: it is not ours"
     try: return json.loads((folder/record_name).read_text(encoding='utf-8'))['files']
     except FileNotFoundError: pass
     except (ValueError,KeyError,TypeError,OSError): return None
@@ -101,8 +107,10 @@ def foreign(
     known = set(listed)|{record_name}|{o.as_posix() for k in listed for o in Path(k).parents}
     below = {p.relative_to(folder).as_posix():p for p in sorted(folder.rglob('*'))}
     if extra := [k for k,p in below.items() if k not in known or p.is_symlink()]:
-        return f"holds {', '.join(extra[:3])}{' and more' if len(extra)>3 else ''}, which merginguriel did not write"
-    changed = [k for k,trace in listed.items() if k in below and trace is not None and _trace(below[k])!=trace]
+        some = ', '.join(extra[:3])+(' and more' if len(extra)>3 else '')
+        return f"holds {some}, which merginguriel did not write"
+    changed = [k for k,trace in listed.items() if k in below and trace is not None
+        and _trace(below[k])!=trace]
     if changed: return f"holds {changed[0]}, which was changed after merginguriel wrote it"
 
 # %% ../nbs/0_ground/15_outputs.ipynb #4a7f1847
@@ -113,7 +121,8 @@ def amend(
 ):
     "Write the file `name` of `folder` again, unless it was changed since this package wrote it"
     folder = Path(folder)
-    p,record = folder/check_name(name),folder/record_name
+    p = folder/check_name(name)
+    record = folder/record_name
     said = json.loads(record.read_text(encoding='utf-8')) if record.is_file() else None
     if said and p.exists() and said['files'].get(name)!=_trace(p):
         raise FileExistsError(f"{p} is not as merginguriel wrote it; move it elsewhere")
@@ -122,23 +131,27 @@ def amend(
         said['files'][name] = _trace(p)
         with atomic_write(record) as f: f.write(json.dumps(said, indent=1)+'\n')
 
-# %% ../nbs/0_ground/15_outputs.ipynb #384e9643
+# %% ../nbs/0_ground/15_outputs.ipynb #e68c0e55
 def _taken(p, replace):
     "Why the existing path `p` cannot be written, and what to do; None where it can"
-    if p.is_symlink(): return f"is a link to {os.readlink(p)}; choose another folder, or give the one it leads to"
+    if p.is_symlink():
+        return f"is a link to {os.readlink(p)}; choose another folder, or give the one it leads to"
     if not p.exists(): return None
     if not p.is_dir(): return 'is a file; choose the name of a folder'
     here = Path.cwd()
-    if p.resolve() in (here, *here.parents): return 'is the working directory or around it; choose another folder'
+    if p.resolve() in (here, *here.parents):
+        return 'is the working directory or around it; choose another folder'
     if os.path.ismount(p): return 'is a mount point; choose a folder in it'
     if not any(p.iterdir()): return None
     if why := foreign(p): return f"{why}; choose another folder, or move what is yours elsewhere"
     if replace is None: return 'holds an earlier result; choose another folder'
-    if not replace: return 'holds an earlier result; choose another folder, or replace it with replace=True (--replace)'
+    if not replace:
+        return 'holds an earlier result; choose another folder, or replace it with replace=True (--replace)'
 
+# %% ../nbs/0_ground/15_outputs.ipynb #384e9643
 def check_out(
     path:str|Path, # Folder that will be written; `~` is the home folder
-    replace:bool|None=None, # Replace an earlier result (True), or refuse it (False); None: the caller has no such choice
+    replace:bool|None=None, # Replace an earlier result, or refuse; None: the caller has no such choice
 )->Path: # `path` with `~` expanded
     "Return the path of a folder that may be written, or raise"
     p = Path(path).expanduser()
@@ -153,7 +166,8 @@ def alone(
     "Hold the lock of `path`; yields whether another process had it first"
     from filelock import FileLock,Timeout
     key = config_hash(str(Path(path).expanduser().resolve()))
-    lock,waited = FileLock(cache_dir('locks')/f'{key}.lock', is_singleton=True),False
+    lock = FileLock(cache_dir('locks')/f'{key}.lock', is_singleton=True)
+    waited = False
     try: lock.acquire(timeout=0)
     except Timeout:
         print(f"{path}: another run is writing it; waiting for it to end", file=sys.stderr, flush=True)
@@ -162,19 +176,21 @@ def alone(
     try: yield waited
     finally: lock.release()
 
-# %% ../nbs/0_ground/15_outputs.ipynb #3adaed3f
+# %% ../nbs/0_ground/15_outputs.ipynb #9b26e6e4
 def _exchange(a, b):
     "Swap the names of two folders in one step; False where the system cannot"
     call = getattr(ctypes.CDLL(None), 'renameat2', None) if sys.platform=='linux' else None
-    return call is not None and call(-100, os.fsencode(a), -100, os.fsencode(b), 2)==0 # AT_FDCWD, RENAME_EXCHANGE
+    here,swap = -100,2 # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), swap)==0
 
 def _put_back(path):
     "Give `path` its folder back where a process died between the two renames of `_place`"
-    aside = [p for p in path.parent.glob(f'.{path.name}.????????.old') if p.is_dir()] if path.parent.is_dir() else []
-    for p in aside:
+    for p in path.parent.glob(f'.{path.name}.????????.old'):
+        if not p.is_dir(): continue
         if path.exists(): drop(p)
         else: os.rename(p, path)
 
+# %% ../nbs/0_ground/15_outputs.ipynb #3adaed3f
 def _place(tmp, path):
     "Rename the folder `tmp` to `path`, and remove what was there"
     if not path.exists() or not any(path.iterdir()): return os.rename(tmp, path)
@@ -184,7 +200,7 @@ def _place(tmp, path):
     os.rename(tmp, path)
     drop(aside)
 
-# %% ../nbs/0_ground/15_outputs.ipynb #f6ac75fe
+# %% ../nbs/0_ground/15_outputs.ipynb #173c58b8
 def _finish(tmp, path, replace, cached):
     "Flush the folder `tmp`, seal it and give it the name `path`"
     seal(tmp)
@@ -195,14 +211,16 @@ def _finish(tmp, path, replace, cached):
     if not cached and (why := _taken(path, replace)):
         kept = path.with_name(f'{path.name}-{secrets.token_hex(4)}')
         os.rename(tmp, kept)
-        raise FileExistsError(f"{path} {why}. It came there while the result was made, which is now in {kept}")
+        raise FileExistsError(f"{path} {why}. It came there while the result was made, which is now in "
+            f"{kept}")
     _place(tmp, path)
     fsync_dir(path.parent)
 
+# %% ../nbs/0_ground/15_outputs.ipynb #f6ac75fe
 @contextmanager
 def atomic_dir(
     path:str|Path, # Folder to create; `~` is the home folder
-    replace:bool|None=None, # Replace an earlier result (True), or refuse it (False); None: the caller has no such choice
+    replace:bool|None=None, # Replace an earlier result, or refuse; None: the caller has no such choice
     cached:bool=False, # `path` is an entry of the cache, which is replaced whatever state it is in
 ):
     "Yield a temporary folder beside `path`; on success it is flushed, sealed and renamed to `path`"
@@ -245,9 +263,10 @@ def working_dir(
         drop(tmp)
         os.close(fd)
 
-# %% ../nbs/0_ground/15_outputs.ipynb #307b641e
+# %% ../nbs/0_ground/15_outputs.ipynb #05c75bae
 def _written(path): return cache_dir('written')/config_hash(str(path.resolve()))
 
+# %% ../nbs/0_ground/15_outputs.ipynb #7240abd2
 def check_file(
     path:str|Path, # File that will be written; `~` is the home folder
 )->Path: # `path` with `~` expanded
@@ -257,9 +276,11 @@ def check_file(
     if p.is_symlink(): raise FileExistsError(f"{p} is a link to {os.readlink(p)}; give the file itself")
     if p.is_dir(): raise FileExistsError(f"{p} is a folder; give the name of a file")
     if p.exists() and not (_written(p).is_file() and _written(p).read_text()==file_digest(p)):
-        raise FileExistsError(f"{p} exists and is not as merginguriel wrote it; choose another name, or move it elsewhere")
+        raise FileExistsError(f"{p} exists and is not as merginguriel wrote it; choose another name, or move "
+            "it elsewhere")
     return p
 
+# %% ../nbs/0_ground/15_outputs.ipynb #307b641e
 @contextmanager
 def output_file(
     path:str|Path, # File to write; one that is there is replaced if it is as this package wrote it
@@ -278,5 +299,7 @@ def list_models(
     every:bool=False, # Also the folders without a configuration, where a model is missing
 )->dict[str,Path]: # Name of the folder -> the folder, sorted; empty where there is none
     "The models and adapters that are in `folder`"
-    visible = [p for p in sorted(Path(folder).expanduser().iterdir()) if p.is_dir() and not p.name.startswith('.')]
-    return {p.name:p for p in visible if every or any((p/o).is_file() for o in ('config.json','adapter_config.json'))}
+    visible = [p for p in sorted(Path(folder).expanduser().iterdir()) if p.is_dir()
+        and not p.name.startswith('.')]
+    return {p.name:p for p in visible if every
+        or any((p/o).is_file() for o in ('config.json','adapter_config.json'))}

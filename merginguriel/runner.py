@@ -9,15 +9,15 @@ __all__ = ['templates', 'find_template', 'template_parameters', 'check_parameter
            'return_memory', 'lean_process', 'run_template', 'last_text', 'Plan', 'plan', 'run_all']
 
 # %% ../nbs/5_runs/50_runner.ipynb #fb1c0574
-"""An experiment is a notebook with one cell tagged `parameters`; papermill fills that cell in and executes a copy. The
-templates travel with the package (`templates` lists them), so `run_template` works for someone who only installed it.
-papermill merely warns about a parameter that does not exist, and the run then answers another question than was asked; here
-that is an error, found by `check_parameters` before a kernel starts and, inside a template, by `check_namespace` however the
-notebook was started.
+"""An experiment is a notebook with one cell tagged `parameters`; papermill fills that cell in and executes a
+copy. The templates travel with the package (`templates` lists them), so `run_template` works for someone
+who only installed it. papermill merely warns about a parameter that does not exist, and the run then
+answers another question than was asked; here that is an error, found by `check_parameters` before a kernel
+starts and, inside a template, by `check_namespace` however the notebook was started.
 
-A sweep is a grid of parameters. `plan` checks it and says what it will cost; `run_all` does what is left, in processes of this
-machine or on a Ray cluster. A run is the hash of its configuration, and it is finished when its scores are in the store; what was
-interrupted starts afresh, what failed is kept with its reason."""
+A sweep is a grid of parameters. `plan` checks it and says what it will cost; `run_all` does what is left,
+in processes of this machine or on a Ray cluster. A run is the hash of its configuration, and it is finished
+when its scores are in the store; what was interrupted starts afresh, what failed is kept with its reason."""
 
 # %% ../nbs/5_runs/50_runner.ipynb #25101fb8
 import ast,atexit,builtins,gc,inspect,json,os,re,resource,shutil,sys,tempfile,threading,time
@@ -35,7 +35,7 @@ from .grids import *
 
 # %% ../nbs/5_runs/50_runner.ipynb #5c550c8d
 def _template_folders():
-    pkg = Path(__file__).parent if '__file__' in globals() else Path(inspect.getfile(MerginGurielError)).parent
+    pkg = Path(inspect.getfile(MerginGurielError)).parent
     return [o for o in (pkg.parent/'nbs/experiments', pkg/'templates') if o.is_dir()]
 
 def templates()->dict: # Name -> path of the notebook
@@ -52,7 +52,8 @@ def find_template(
         return Path(name)
     known = templates()
     if name not in known:
-        raise ValueError(f"unknown template {name!r}; the templates are {', '.join(known)}, or give a path ending in .ipynb")
+        raise ValueError(f"unknown template {name!r}; the templates are {', '.join(known)}, or give a path "
+            "ending in .ipynb")
     return known[name]
 
 # %% ../nbs/5_runs/50_runner.ipynb #ccd6f5f1
@@ -62,18 +63,23 @@ def template_parameters(
     "The parameters that `notebook` declares"
     import nbformat
     path = find_template(notebook)
-    cells = [c.source for c in nbformat.read(path, as_version=4).cells if 'parameters' in c.metadata.get('tags',[])]
-    if len(cells)!=1: raise ValueError(f"{path.name} has {len(cells)} cells tagged 'parameters'; a template has one")
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells
+        if 'parameters' in c.metadata.get('tags',[])]
+    if len(cells)!=1:
+        raise ValueError(f"{path.name} has {len(cells)} cells tagged 'parameters'; a template has one")
     lines = cells[0].splitlines()
-    return {s.target.id: (ast.unparse(s.annotation), ast.literal_eval(s.value), lines[s.lineno-1].split(' # ',1)[-1])
+    return {s.target.id: (ast.unparse(s.annotation), ast.literal_eval(s.value),
+        lines[s.lineno-1].split(' # ',1)[-1])
         for s in ast.parse(cells[0]).body if isinstance(s, ast.AnnAssign)}
 
-# %% ../nbs/5_runs/50_runner.ipynb #907e1afa
+# %% ../nbs/5_runs/50_runner.ipynb #7655dea3
 _types = dict(str=str, int=int, float=(int,float), bool=bool)
 
 def _check_type(name, kind, v):
     if kind in _types and (not isinstance(v, _types[kind]) or (isinstance(v, bool) and kind!='bool')):
-        hint = " (papermill makes numbers of -p and YAML of -y, where `no` is False: pass text with -r)" if kind=='str' else ''
+        hint = ''
+        if kind=='str':
+            hint = " (papermill makes numbers of -p and YAML of -y, where `no` is False: pass text with -r)"
         raise ValueError(f"{name} is {'an' if kind=='int' else 'a'} {kind}; got {v!r}{hint}")
 
 def check_parameters(
@@ -83,6 +89,7 @@ def check_parameters(
     "Raise unless every one of `params` is declared by `notebook` and has its type"
     _check(template_parameters(notebook), params)
 
+# %% ../nbs/5_runs/50_runner.ipynb #907e1afa
 def _check(known, params, owner='this notebook'):
     for k,v in params.items():
         if k not in known: raise unknown_name(k, known, owner=owner)
@@ -96,7 +103,8 @@ def check_namespace(
 )->None:
     "Raise if papermill injected a name that the parameters cell does not declare, or a value of another type"
     declared = namespace.get('__annotations__', {})
-    names = [k for k,v in namespace.items() if not (k.startswith('_') or k in _ipython or isinstance(v, ModuleType) or callable(v))]
+    names = [k for k,v in namespace.items()
+        if not (k.startswith('_') or k in _ipython or isinstance(v, ModuleType) or callable(v))]
     unknown = [k for k in names if k not in declared]
     if unknown: raise unknown_name(unknown[0], declared)
     for k in names: _check_type(k, getattr(declared[k], '__name__', str(declared[k])), namespace[k])
@@ -120,10 +128,10 @@ def lean_process()->None:
     atexit.register(gc.freeze) # Nothing is left to collect when the process ends
     return_memory()
 
-# %% ../nbs/5_runs/50_runner.ipynb #eea75612
+# %% ../nbs/5_runs/50_runner.ipynb #d511ede7
 def run_template(
     name:str|Path, # Template name such as 'exctar', or a notebook path
-    out:str|Path|None=None, # Folder for the executed copy and for what the template writes; None: the template's own
+    out:str|Path|None=None, # Folder for the executed copy and its results; None: the template's own
     progress:bool=True, # Show papermill's progress over cells
     **params, # Parameters of the template
 )->Path: # The executed notebook
@@ -137,6 +145,7 @@ def run_template(
     config = dict(template=path.stem)|{k:v for k,v in used.items() if k not in ('out','store','device')}
     return execute_page(path, out or used.get('out') or 'runs', label, params, config, progress)
 
+# %% ../nbs/5_runs/50_runner.ipynb #eea75612
 def _known_by(params):
     "What a reader knows a page by"
     if params.get('target'): yield check_name(str(params['target']), 'the target')
@@ -148,9 +157,11 @@ def last_text(
 )->str: # Without formatting; '' where the last cell shows no text
     "What the last code cell of `notebook` printed or displayed"
     import nbformat
-    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type=='code' and c.source.strip()]
+    cells = [c for c in nbformat.read(notebook, as_version=4).cells if c.cell_type=='code'
+        and c.source.strip()]
     outs = cells[-1].outputs if cells else []
-    return '\n'.join((o.get('text') or o.get('data', {}).get('text/plain', '')).strip() for o in outs if o.get('name')!='stderr').strip()
+    return '\n'.join((o.get('text') or o.get('data', {}).get('text/plain', '')).strip()
+        for o in outs if o.get('name')!='stderr').strip()
 
 # %% ../nbs/5_runs/50_runner.ipynb #124b2d64
 def _parameters(kind, name):
@@ -159,7 +170,7 @@ def _parameters(kind, name):
     ps = inspect.signature(find_job(name)).parameters.values()
     return {o.name:(getattr(o.annotation, '__name__', str(o.annotation)), o.default, '') for o in ps}
 
-# %% ../nbs/5_runs/50_runner.ipynb #9e9073a2
+# %% ../nbs/5_runs/50_runner.ipynb #22de7d99
 @dataclass
 class Plan:
     "The runs of a grid"
@@ -170,6 +181,7 @@ class Plan:
     store:Path # File of the result store
     notices:list # What the reader of the grid should know
 
+# %% ../nbs/5_runs/50_runner.ipynb #59d76a6b
 def _owner(grid):
     "Kind, name, and what the configuration of each run says of them"
     if 'job' in grid: return 'job', grid['job'], dict(job=grid['job'])
@@ -179,6 +191,7 @@ def _owner(grid):
         if c.cell_type=='code' and 'parameters' not in c.metadata.get('tags', [])]
     return 'template', str(path), dict(template=path.stem, code=config_hash(code))
 
+# %% ../nbs/5_runs/50_runner.ipynb #9e9073a2
 def plan(
     grid:str|Path|dict, # A YAML file, or what is in one
     out:str|Path|None=None, # Folder for what the runs write; None: that of the grid, or `runs`
@@ -188,24 +201,30 @@ def plan(
     grid = read_grid(grid)
     kind,name,fixed = _owner(grid)
     known = {k:v for k,v in _parameters(kind, name).items() if k not in ('out','store')}
-    if own := set(known)&{'template','code','job'}: raise ValueError(f"{name} has a parameter {own.pop()!r}, a sweep's own name")
+    if own := set(known)&{'template','code','job'}:
+        raise ValueError(f"{name} has a parameter {own.pop()!r}, a sweep's own name")
     out = Path(out or grid.get('out') or 'runs').expanduser().absolute()
-    defaults,settings,runs = {k:v[1] for k,v in known.items()},grid_settings(grid, known),{}
+    defaults = {k:v[1] for k,v in known.items()}
+    settings = grid_settings(grid, known)
+    runs = {}
     for params in settings:
         _check(known, params, fixed.get('template', name))
-        config = fixed|defaults|{k:float(v) if known[k][0]=='float' else v for k,v in params.items()} # 1 and 1.0 are one run
+        config = fixed|defaults|{k:float(v) if known[k][0]=='float' else v
+            for k,v in params.items()} # 1 and 1.0 are one run
         lack = [k for k,v in config.items() if v is inspect.Parameter.empty]
         if lack: raise ValueError(f"{name} needs {', '.join(lack)}; give it among the parameters")
         runs[config_hash(config)] = config
     if not runs: raise ValueError("the grid has no run left; exclude less")
     twice = len(settings)-len(runs)
-    return Plan(kind, name, runs, out, Path(store or grid.get('store') or out/'store.sqlite').expanduser().absolute(),
+    return Plan(kind, name, runs, out,
+        Path(store or grid.get('store') or out/'store.sqlite').expanduser().absolute(),
         [f"{twice} of {len(settings)} runs are there twice, and are done once"]*bool(twice))
 
-# %% ../nbs/5_runs/50_runner.ipynb #a6b56957
+# %% ../nbs/5_runs/50_runner.ipynb #0335a2db
 _costs = ['seconds','cpu_seconds','memory_bytes','written_bytes']
 _assumed = dict(template=[60.,60.,1e9,1e8], job=[5.,5.,1e9,1e7]) # Of one run, where none was measured
 
+# %% ../nbs/5_runs/50_runner.ipynb #e642d20b
 @patch
 def measured(self:Plan)->tuple: # What each run took, and its parameters: two frames, one row per run
     "Finished runs of this template or job, in this grid or not, in the order of recording"
@@ -216,70 +235,93 @@ def measured(self:Plan)->tuple: # What each run took, and its parameters: two fr
     d = Store(self.store).scores(name='run') if self.store.exists() else pd.DataFrame(columns=['hash'])
     d = d[d[self.kind]==config[self.kind]] if self.kind in d else d[:0]
     if d.empty: return pd.DataFrame(columns=_costs),pd.DataFrame(columns=params)
-    params = pd.DataFrame({k:d[f'config.{k}'] if f'config.{k}' in d else d.get(k) for k in params}, index=d.index)
+    params = pd.DataFrame({k:d[f'config.{k}'] if f'config.{k}' in d else d.get(k) for k in params},
+        index=d.index)
     costs = d.pivot(index='hash', columns='metric', values='value').loc[d.hash.unique()]
     return costs,params.set_index(d.hash)[~d.hash.duplicated().to_numpy()].loc[costs.index]
 
+# %% ../nbs/5_runs/50_runner.ipynb #b85e3748
 def _predict(seconds, params, runs):
     "Seconds of `runs` from those measured with `params`"
     import numpy as np, pandas as pd
     x = pd.get_dummies(pd.concat([params, runs]).astype(str)).to_numpy(float)
-    mean,y = x[:len(params)].mean(0),seconds-seconds.mean()
+    mean = x[:len(params)].mean(0)
+    y = seconds-seconds.mean()
     a = x[:len(params)]-mean
-    return np.clip(seconds.mean()+(x[len(params):]-mean)@np.linalg.solve(a.T@a+np.eye(a.shape[1]), a.T@y), seconds.min(), seconds.max())
+    return np.clip(seconds.mean()+(x[len(params):]-mean)@np.linalg.solve(a.T@a+np.eye(a.shape[1]), a.T@y),
+        seconds.min(), seconds.max())
 
+# %% ../nbs/5_runs/50_runner.ipynb #064d7b73
 @patch
 def table(self:Plan): # Id -> state, seconds (measured or predicted), reason of a failure, parameters
     "One row per run; its state is finished, failed, running or pending"
     import pandas as pd
-    (m,params),claims = self.measured(),Claims(f'{self.store}.claims')
-    d = pd.DataFrame(list(self.runs.values()), index=list(self.runs)).drop(columns=[self.kind,'code'], errors='ignore')
+    (m,params) = self.measured()
+    claims = Claims(f'{self.store}.claims')
+    d = pd.DataFrame(list(self.runs.values()), index=list(self.runs)).drop(columns=[self.kind,'code'],
+        errors='ignore')
     failed = {h:self._failed(h) for h in d.index.difference(m.index)}
-    reason = pd.Series({h:json.loads(p.read_text())['reason'] for h,p in failed.items() if p.exists()}, d.index, dtype=object)
+    reason = pd.Series({h:json.loads(p.read_text())['reason'] for h,p in failed.items() if p.exists()},
+        d.index, dtype=object)
     late = slice(len(m)//2, None)
-    seconds = pd.Series(_assumed[self.kind][0] if m.empty else _predict(m.seconds.to_numpy()[late], params[late], d), d.index)
+    seconds = pd.Series(_assumed[self.kind][0] if m.empty
+        else _predict(m.seconds.to_numpy()[late], params[late], d), d.index)
     seconds.update(m.seconds.astype(float))
-    state = ['finished' if h in m.index else 'failed' if o==o else 'running' if claims.taken(h) else 'pending' for h,o in reason.items()]
+    state = ['finished' if h in m.index else 'failed' if o==o else 'running' if claims.taken(h)
+        else 'pending' for h,o in reason.items()]
     own = pd.DataFrame(dict(state=state, seconds=seconds, reason=reason), d.index)
     return pd.concat([own, d.rename(columns={k:f'config.{k}' for k in own})], axis=1)
 
+# %% ../nbs/5_runs/50_runner.ipynb #a6b56957
 @patch
 def _failed(self:Plan, h): return self.out/'sweep'/f'{h}.failed.json'
 
-# %% ../nbs/5_runs/50_runner.ipynb #bc5612da
+# %% ../nbs/5_runs/50_runner.ipynb #fd033f2b
 def _size(n): return f'{n/1e9:.1f} GB' if n>=1e9 else f'{n/1e6:.1f} MB'
 
+# %% ../nbs/5_runs/50_runner.ipynb #1852a195
 @patch
 def cost(self:Plan,
     workers:int|None=None, # How many work at once; None: one for each core
 )->dict: # runs left, minutes, written_bytes, memory_bytes, measured: number of runs that this is known from
     "What the runs that are left will take"
-    t,(m,_),n = self.table(),self.measured(),workers or os.cpu_count()
+    t = self.table()
+    (m,_) = self.measured()
+    n = workers or os.cpu_count()
     left = t[t.state.isin(['pending','running'])]
-    _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(), m.written_bytes[len(m)//2:].mean()]
-    return dict(runs=len(left), minutes=float(left.seconds.sum())/n/60, written_bytes=float(written*len(left)),
+    _,_,memory,written = _assumed[self.kind] if m.empty else [*m[_costs[:3]].max(),
+        m.written_bytes[len(m)//2:].mean()]
+    return dict(runs=len(left), minutes=float(left.seconds.sum())/n/60,
+        written_bytes=float(written*len(left)),
         memory_bytes=float(memory*min(n, len(left))), measured=len(m))
 
+# %% ../nbs/5_runs/50_runner.ipynb #1aac198a
 @patch
 def summary(self:Plan,
     workers:int|None=None, # As for `cost`
 )->str:
     "The plan in a few lines: what is done, what is left, what that will take"
     import psutil
-    t,c,n = self.table(),self.cost(workers),workers or os.cpu_count()
+    t = self.table()
+    c = self.cost(workers)
+    n = workers or os.cpu_count()
     states = ', '.join(f'{v} {k}' for k,v in t.state.value_counts().items())
-    basis = f"from {c['measured']} runs" if c['measured'] else "round figures, since none was measured: do a few first, with limit"
+    basis = "round figures, since none was measured: do a few first, with limit"
+    if c['measured']: basis = f"from {c['measured']} runs"
     there = next(o for o in [self.out, *self.out.parents] if o.exists())
-    disk,memory = _size(shutil.disk_usage(there).free),_size(psutil.virtual_memory().available)
-    left = (f"to do: {c['minutes']:.1f} minutes with {n} worker{'s' if n>1 else ''}; writes {_size(c['written_bytes'])} of {disk} free; "
-        f"memory {_size(c['memory_bytes'])} of {memory}\n({basis})")
+    disk = _size(shutil.disk_usage(there).free)
+    memory = _size(psutil.virtual_memory().available)
+    left = (f"to do: {c['minutes']:.1f} minutes with {n} worker{'s' if n>1 else ''}; writes "
+        f"{_size(c['written_bytes'])} of {disk} free; memory {_size(c['memory_bytes'])} of "
+        f"{memory}\n({basis})")
     label = next(iter(self.runs.values()))[self.kind]
     return '\n'.join([f"{label}: {len(t)} runs, {states}", *[left]*bool(c['runs']), *self.notices])
 
+# %% ../nbs/5_runs/50_runner.ipynb #bc5612da
 @patch
 def __repr__(self:Plan): return self.summary()
 
-# %% ../nbs/5_runs/50_runner.ipynb #4f9c2949
+# %% ../nbs/5_runs/50_runner.ipynb #e4d05a85
 def _usage():
     "Seconds, CPU seconds, peak of memory and bytes written, of this process and of those it has waited for"
     us = [resource.getrusage(o) for o in (resource.RUSAGE_SELF,resource.RUSAGE_CHILDREN)]
@@ -288,13 +330,16 @@ def _usage():
     return [time.perf_counter(), total(lambda u: u.ru_utime+u.ru_stime), total(lambda u: unit*u.ru_maxrss),
         total(lambda u: 512*u.ru_oublock)]
 
+# %% ../nbs/5_runs/50_runner.ipynb #63101573
 def _transient(e):
     "Whether to try again after `e`"
     name = getattr(e.__cause__, 'ename', '') # Of an error inside a notebook
     kind = getattr(builtins, name, Exception) if name else type(e)
     if kind.__name__=='DeadKernelError' or 'Kernel died' in str(e): return True
-    return issubclass(kind, OSError) and not issubclass(kind, (MerginGurielError,FileNotFoundError,PermissionError,FileExistsError))
+    return issubclass(kind, OSError) and not issubclass(kind,
+        (MerginGurielError,FileNotFoundError,PermissionError,FileExistsError))
 
+# %% ../nbs/5_runs/50_runner.ipynb #64c13d36
 def _do(kind, name, params, out, store, dest):
     "Execute one run; its scores, where it returns them"
     known = _parameters(kind, name)
@@ -303,42 +348,60 @@ def _do(kind, name, params, out, store, dest):
     execute_page(Path(name), dest.parent, dest.stem, params, dict(run=dest.stem))
     return []
 
+# %% ../nbs/5_runs/50_runner.ipynb #72aaf2e9
 def _outcome(kind, name, config, out, dest):
     "The tables of one run, or its error and whether another try is worth it"
     from merginguriel.store import Store
     with tempfile.TemporaryDirectory(prefix='merginguriel-') as d:
         try:
-            store,_ = Store(Path(d)/'store.sqlite'),_parameters(kind, name) # Importing a job is no part of its cost
+            store = Store(Path(d)/'store.sqlite') # Importing a job is no part of its cost
+            _ = _parameters(kind, name)
             before = _usage()
-            rows = _do(kind, name, {k:v for k,v in config.items() if k not in (kind,'code')}, out, store.path, dest)
+            rows = _do(kind, name, {k:v for k,v in config.items() if k not in (kind,'code')}, out,
+                store.path, dest)
             after = _usage()
             after = [b if k=='memory_bytes' else b-a for k,a,b in zip(_costs, before, after)]
-            store.record(config, rows+[dict(name='run', locale='-', split='-', metric=k, value=v) for k,v in zip(_costs, after)])
+            store.record(config, rows+[dict(name='run', locale='-', split='-', metric=k, value=v)
+                for k,v in zip(_costs, after)])
             return dict(tables=store.tables())
         except Exception as e: return dict(error=f'{type(e).__name__}: {e}', again=_transient(e))
 
+# %% ../nbs/5_runs/50_runner.ipynb #4f9c2949
 def _work(runs, cwd):
     os.chdir(cwd) # Where relative paths of the parameters begin
     return [_outcome(*o) for o in runs]
 
-# %% ../nbs/5_runs/50_runner.ipynb #0ecda971
+# %% ../nbs/5_runs/50_runner.ipynb #3a927409
 class _Sweep:
     def __init__(self, plan, todo, claims, seconds, n, retries, timeout, bar):
         from merginguriel.store import Store
-        self.plan,self.todo,self.claims,self.n = plan,deque(todo),claims,n
-        self.retries,self.timeout,self.bar,self.store = retries,timeout,bar,Store(plan.store)
+        self.plan = plan
+        self.todo = deque(todo)
+        self.claims = claims
+        self.n = n
+        self.retries = retries
+        self.timeout = timeout
+        self.bar = bar
+        self.store = Store(plan.store)
         self.known_failures = {h for h in todo if plan._failed(h).exists()}
-        self.lock,self.tries,self.stopped,self.seconds = threading.Lock(),Counter(),False,seconds
+        self.lock = threading.Lock()
+        self.tries = Counter()
+        self.stopped = False
+        self.seconds = seconds
 
+# %% ../nbs/5_runs/50_runner.ipynb #df14c0f1
 @patch
-def _settled(self:_Sweep, h): return self.store.has(h) or (self.plan._failed(h).exists() and h not in self.known_failures)
+def _settled(self:_Sweep, h):
+    return self.store.has(h) or (self.plan._failed(h).exists() and h not in self.known_failures)
 
+# %% ../nbs/5_runs/50_runner.ipynb #4261f93e
 @patch
 def _take(self:_Sweep):
     "The runs to do next; [] while others have all that is left, None when nothing is"
     with self.lock:
         if not self.todo: return None
-        most = 1 if self.timeout or self.seconds is None else max(1, min(int(2/max(self.seconds, .1)), len(self.todo)//(2*self.n)))
+        most = 1 if self.timeout or self.seconds is None else max(1,
+            min(int(2/max(self.seconds, .1)), len(self.todo)//(2*self.n)))
         got,left = [],[]
         for _ in range(len(self.todo)):
             h = self.todo.popleft()
@@ -349,21 +412,25 @@ def _take(self:_Sweep):
         self.todo.extend(left)
         return got
 
+# %% ../nbs/5_runs/50_runner.ipynb #58b16900
 @patch
 def _close(self:_Sweep, h):
     self.claims.give_back(h)
     self.bar.update()
 
+# %% ../nbs/5_runs/50_runner.ipynb #0ecda971
 @patch
 def _settle(self:_Sweep, h, outcome):
     "Record what became of a run, or put it back"
     import sqlite3
-    failed,error = self.plan._failed(h),outcome.get('error')
+    failed = self.plan._failed(h)
+    error = outcome.get('error')
     if not error:
         try: self.store.absorb(outcome['tables'])
         except StoreError as e:
             if isinstance(e.__cause__, sqlite3.Error): raise # Of the store, and not of this run
-            error,outcome = f'StoreError: {e}',dict(again=False)
+            error = f'StoreError: {e}'
+            outcome = dict(again=False)
     if not error: drop(failed)
     elif outcome['again'] and self.tries[h]<=self.retries:
         with self.lock: self.todo.appendleft(h)
@@ -372,7 +439,7 @@ def _settle(self:_Sweep, h, outcome):
         with atomic_write(failed) as f: json.dump(dict(reason=error, run=self.plan.runs[h]), f, indent=1)
     self._close(h)
 
-# %% ../nbs/5_runs/50_runner.ipynb #b36f8fae
+# %% ../nbs/5_runs/50_runner.ipynb #b452a9ae
 @patch
 def _drive(self:_Sweep, worker):
     "Hand runs to `worker` until none is left"
@@ -385,16 +452,18 @@ def _drive(self:_Sweep, worker):
         for h in batch: self.tries[h] += len(batch)==1
         runs = [(p.kind, p.name, p.runs[h], p.out, p.out/'sweep'/f'{h}.ipynb') for h in batch]
         try:
-            outcomes = worker(call_by_name, 'merginguriel.runner:_work', runs, os.getcwd(), timeout=self.timeout)
+            outcomes = worker(call_by_name, 'merginguriel.runner:_work', runs, os.getcwd(),
+                timeout=self.timeout)
             self.seconds = (time.perf_counter()-start)/len(batch)
         except (WorkerDied,TimeoutError) as e:
             if self.stopped: return
             outcomes = [dict(error=f'{type(e).__name__}: {e}', again=isinstance(e, WorkerDied))]*len(batch)
         for h,o in zip(batch, outcomes): self._settle(h, o)
 
+# %% ../nbs/5_runs/50_runner.ipynb #b36f8fae
 def run_all(
     plan:Plan, # From `plan`
-    executor:str='process', # 'process' (processes of this machine) or 'ray' (a Ray cluster, or Ray on this machine)
+    executor:str='process', # 'process' (processes of this machine) or 'ray' (a cluster, or this machine)
     workers:int|None=None, # Runs at once; None: one for each core, of this machine or of the cluster
     retry:bool=False, # Do the failed runs again too
     retries:int=2, # Further tries of a run whose process or kernel died, or that met an I/O error
@@ -406,15 +475,18 @@ def run_all(
 ): # `plan.table()` afterwards
     "Do the runs of `plan` that are left"
     from tqdm.auto import tqdm
-    t,c = plan.table(),plan.cost(workers)
+    t = plan.table()
+    c = plan.cost(workers)
     todo = list(t.index[t.state.isin(['pending','running']+['failed']*retry)])
     if limit: todo = todo[::max(1, -(-len(todo)//limit))]
     (plan.out/'sweep').mkdir(parents=True, exist_ok=True)
     if c['measured'] and c['written_bytes']>(free := shutil.disk_usage(plan.out).free):
-        raise MerginGurielError(f"the runs would write about {_size(c['written_bytes'])}, and {plan.out} has {_size(free)} free; make room")
+        raise MerginGurielError(f"the runs would write about {_size(c['written_bytes'])}, and {plan.out} has "
+            f"{_size(free)} free; make room")
     with (worker_pool(executor, workers, address, num_gpus) as ws, Claims(f'{plan.store}.claims') as claims,
         tqdm(total=len(todo), disable=not progress, unit='run') as bar):
-        sweep = _Sweep(plan, todo, claims, t.seconds.mean() if c['measured'] else None, len(ws), retries, timeout, bar)
+        sweep = _Sweep(plan, todo, claims, t.seconds.mean() if c['measured'] else None, len(ws), retries,
+            timeout, bar)
         with ThreadPoolExecutor(len(ws)) as threads:
             try:
                 for o in as_completed([threads.submit(sweep._drive, w) for w in ws]): o.result()

@@ -25,7 +25,6 @@ from .measure import *
 from .significance import *
 from .experiment import *
 from .gains import *
-from .experiment import _method,_scaled
 from .across import *
 from .report import *
 
@@ -38,7 +37,7 @@ surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','
 # %% ../nbs/6_studies/20_survey.ipynb #9b3b72b4
 def _looks(m):
     "Whether a method reads texts before it merges"
-    name,hp = _method(m)
+    name,hp = named_method(m)
     return name,hp,bool(text_of(m)) or measures(name, hp)
 
 def survey(
@@ -59,7 +58,7 @@ def survey(
     acc,start = {},time.time()
     for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
         name,hp,_ = _looks(m)
-        acc[method_label(m)] = trials.accuracy(name, _scaled(name, w), head=e.head, seed=e.seed, **hp)
+        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed, **hp)
     r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
         seconds=r.seconds|dict(trials=round(time.time()-start, 1)))
     r.record(store or Path(out)/'store.sqlite')

@@ -8,10 +8,10 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/workers.html.md"""
 __all__ = ['WorkerDied', 'Worker', 'call_by_name', 'RayWorker', 'worker_pool', 'Claims']
 
 # %% ../nbs/5_runs/40_workers.ipynb #c80878a4
-"""A process that works for hours may be killed, run out of memory or hang. A `Worker` is one process that calls functions; its caller
-hears `WorkerDied` and the next call starts another. A `RayWorker` answers the same calls from a cluster, and `worker_pool` makes several
-of either kind. `Claims` keeps two programs from doing the same work at once: however the holder of a claim ends, the claim ends
-with it."""
+"""A process that works for hours may be killed, run out of memory or hang. A `Worker` is one process that
+calls functions; its caller hears `WorkerDied` and the next call starts another. A `RayWorker` answers the
+same calls from a cluster, and `worker_pool` makes several of either kind. `Claims` keeps two programs from
+doing the same work at once: however the holder of a claim ends, the claim ends with it."""
 
 # %% ../nbs/5_runs/40_workers.ipynb #d232450b
 import math,os,pickle,queue,signal,threading,time
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .core import *
 from .outputs import *
 
-# %% ../nbs/5_runs/40_workers.ipynb #0dca876f
+# %% ../nbs/5_runs/40_workers.ipynb #30bb50f8
 class WorkerDied(MerginGurielError, RuntimeError): "A process ended before it answered"
 
 def _end_tree(pid):
@@ -34,6 +34,7 @@ def _end_tree(pid):
         for o in [*p.children(recursive=True), p]:
             with suppress(psutil.NoSuchProcess): o.kill()
 
+# %% ../nbs/5_runs/40_workers.ipynb #0dca876f
 def _serve(pipe, threads):
     "Answer calls until the other end of `pipe` closes"
     os.setsid()
@@ -51,22 +52,25 @@ def _serve(pipe, threads):
         except Exception as e: answer = False,e # The caller's, who asked
         with suppress(BrokenPipeError): pipe.send(answer) # Nobody waits any more: `listen` ends it
 
-# %% ../nbs/5_runs/40_workers.ipynb #7a37ebe2
+# %% ../nbs/5_runs/40_workers.ipynb #32f0210a
 class Worker:
     "A process that calls functions; after its death the next call starts another"
     def __init__(self,
         threads:int=1, # Threads that one function computes with, unless OMP_NUM_THREADS says otherwise
     ): self.threads,self.process,self.stopped = threads,None,False
 
+# %% ../nbs/5_runs/40_workers.ipynb #62ddd0e0
 @patch
 def _start(self:Worker):
     ctx = get_context('spawn')
     self.pipe,there = ctx.Pipe()
-    code = 'from merginguriel.workers import _serve; _serve(pipe, threads)' # By name, so that a notebook can start one too
+    # By name, so that a notebook can start one too
+    code = 'from merginguriel.workers import _serve; _serve(pipe, threads)'
     self.process = ctx.Process(target=exec, args=(code, dict(pipe=there, threads=self.threads)))
     self.process.start()
     there.close()
 
+# %% ../nbs/5_runs/40_workers.ipynb #7a37ebe2
 @patch
 def end(self:Worker)->None:
     "End the process and what it started"
@@ -100,7 +104,8 @@ def __call__(self:Worker,
         self.process.join()
         code = self.process.exitcode
         how = f"by signal {signal.Signals(-code).name}" if code<0 else f"with exit code {code}"
-        raise WorkerDied(f"the process ended {how} before it answered; the system ends one so that takes too much memory") from e
+        raise WorkerDied(f"the process ended {how} before it answered; the system ends one so that takes too "
+            "much memory") from e
     if not ok: raise answer
     return answer
 
@@ -113,7 +118,7 @@ def call_by_name(
     module,_,f = name.partition(':')
     return getattr(import_module(module), f)(*args)
 
-# %% ../nbs/5_runs/40_workers.ipynb #a6c39e32
+# %% ../nbs/5_runs/40_workers.ipynb #16985ce5
 class RayWorker:
     "Calls functions on a Ray cluster, one at a time"
     def __init__(self,
@@ -126,15 +131,17 @@ def stop(self:RayWorker)->None:
     import ray
     if self.ref is not None: ray.cancel(self.ref, force=True)
 
+# %% ../nbs/5_runs/40_workers.ipynb #a6c39e32
 @patch
 def __call__(self:RayWorker,
     f, # Function that can be imported by its name wherever it may run
     *args, # Its arguments
-    timeout:float|None=None, # Seconds after which the call is ended, waiting for a free core included; None: wait
+    timeout:float|None=None, # Seconds after which the call is ended, with the wait for a core; None: wait
 ): # What `f` returned
     "Call `f` on the cluster"
     import ray
-    end,nodes = time.monotonic()+(timeout or math.inf),_nodes()
+    end = time.monotonic()+(timeout or math.inf)
+    nodes = _nodes()
     self.ref = self.remote.remote(f, *args)
     try:
         node = _next(self.ref, end, nodes)
@@ -146,10 +153,11 @@ def __call__(self:RayWorker,
     except WorkerDied:
         self.stop()
         raise
-    except ray.exceptions.RayError as e: raise WorkerDied(f"a worker or its machine was lost ({type(e).__name__})") from e
+    except ray.exceptions.RayError as e:
+        raise WorkerDied(f"a worker or its machine was lost ({type(e).__name__})") from e
     finally: self.ref = None
 
-# %% ../nbs/5_runs/40_workers.ipynb #0bd2ff4f
+# %% ../nbs/5_runs/40_workers.ipynb #3956062c
 def _call(f, *args):
     "Say where this runs, then answer"
     import ray
@@ -160,33 +168,39 @@ def _nodes():
     import ray
     return {o['NodeID'] for o in ray.nodes() if o['Alive']}
 
+# %% ../nbs/5_runs/40_workers.ipynb #95eaad32
 def _next(answers, end, nodes):
-    "The next answer of a call that is on one of `nodes`; where the network is cut, nothing but the list of nodes tells"
+    "The next answer of a call on one of `nodes`; where the network is cut, only the list of nodes tells"
     import ray
     while not ray.wait([answers], timeout=min(10, max(0, end-time.monotonic())))[0]:
         if time.monotonic()>=end: raise TimeoutError
         if nodes-_nodes(): raise WorkerDied("the machine of a call was lost")
     return ray.get(next(answers))
 
+# %% ../nbs/5_runs/40_workers.ipynb #f10824cc
 @contextmanager
 def _ray_workers(n, address, num_gpus):
     try: import ray
-    except ImportError as e: raise MerginGurielError("executor 'ray' needs Ray; install it with pip install 'merginguriel[cluster]'") from e
+    except ImportError as e:
+        raise MerginGurielError("executor 'ray' needs Ray; install it with pip install "
+            "'merginguriel[cluster]'") from e
     mine = not ray.is_initialized()
     local = {} if address else dict(num_cpus=n, include_dashboard=False)
     try:
         if mine: ray.init(address=address or 'local', log_to_driver=False, logging_level='warning', **local)
-    except ConnectionError as e: raise MerginGurielError(f"no Ray cluster let this process in at {address}: {e}. `ray start --head` "
-        "starts one; its machines and this process need the same RAY_AUTH_TOKEN") from e
+    except ConnectionError as e:
+        raise MerginGurielError(f"no Ray cluster let this process in at {address}: {e}. `ray start --head` "
+            "starts one; its machines and this process need the same RAY_AUTH_TOKEN") from e
     try:
         remote = ray.remote(_call).options(num_cpus=1, num_gpus=num_gpus, max_retries=0)
         yield [RayWorker(remote) for _ in range(n or int(ray.cluster_resources().get('CPU', 1)))]
     finally:
         if mine: ray.shutdown()
 
+# %% ../nbs/5_runs/40_workers.ipynb #0bd2ff4f
 @contextmanager
 def worker_pool(
-    executor:str='process', # 'process' (processes of this machine) or 'ray' (a Ray cluster, or Ray on this machine)
+    executor:str='process', # 'process' (processes of this machine) or 'ray' (a cluster, or this machine)
     n:int|None=None, # How many; None: one for each core, of this machine or of the cluster
     address:str|None=None, # Ray: 'auto' or the address of a cluster; None: start Ray on this machine
     num_gpus:float=0., # Ray: GPUs of a call; .25 lets four share one
@@ -203,7 +217,7 @@ def worker_pool(
             for o in made: o.stop()
     else: raise ValueError(f"the executors are 'process' and 'ray'; got {executor!r}")
 
-# %% ../nbs/5_runs/40_workers.ipynb #e3f4be67
+# %% ../nbs/5_runs/40_workers.ipynb #5176159e
 class Claims:
     "Names that this process has claimed, and no other may use"
     def __init__(self,
@@ -215,6 +229,7 @@ class Claims:
     def __exit__(self, *args):
         for o in list(self.held): self.give_back(o)
 
+# %% ../nbs/5_runs/40_workers.ipynb #dbabc1cc
 @patch
 def take(self:Claims,
     name:str, # Fit for a file name
@@ -233,6 +248,7 @@ def take(self:Claims,
     os.close(fd) # Somebody has it, or has just removed the file with a claim that ended
     return False
 
+# %% ../nbs/5_runs/40_workers.ipynb #42427a47
 @patch
 def give_back(self:Claims,
     name:str, # As for `take`
@@ -241,6 +257,7 @@ def give_back(self:Claims,
     drop(self.folder/name)
     os.close(self.held.pop(name))
 
+# %% ../nbs/5_runs/40_workers.ipynb #e3f4be67
 @patch
 def taken(self:Claims,
     name:str, # As for `take`
