@@ -23,6 +23,7 @@ from typing import Annotated
 from fastcore.script import anno_parser
 from . import __version__
 from .core import *
+from .workers import *
 from .runner import *
 
 # %% ../nbs/7_command/20_command_line.ipynb #d532c48f

@@ -106,7 +106,7 @@ def iterate(
     **options, # Fields of `TrainOptions` for each locale in each round; `anchor` above 0 is FedProx-like
 )->Cycles: # The last merge, and the accuracy of each
     "Fine-tune every locale from the last merge, merge, and again"
-    out,hp,dev,kept = Path(out).expanduser(),hp or {},dev or {},optimizer=='kept'
+    out,hp,dev,kept = output_path(out),hp or {},dev or {},optimizer=='kept'
     _check_cycles(len(data), rounds, method, hp, momentum, optimizer)
     w = check_weights(data, {k:len(d) for k,d in data.items()} if weights is None else weights, negative=methods.traits(method).negative)
     with alone(out):
