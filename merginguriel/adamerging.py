@@ -182,7 +182,7 @@ class _Search:
         base = {k:None if k in head else plan.base.read(k, copy=False) for k in params}
         self.views = base,[{k:read(m, k) for k in params} for m in plan.sources]
         self.device = next(p.device for p in params.values() if not p.is_meta)
-        self.taus = TaskVectors(*self.views, rows, o.keep, o.dtype, self.device, 1<<18 if self.device.type=='cpu' else 1<<24)
+        self.taus = TaskVectors(*self.views, rows, keep=o.keep, dtype=o.dtype, device=self.device, piece=1<<18 if self.device.type=='cpu' else 1<<24)
         self.learned = {k:p for k,p in params.items() if groups[k]}
         self.sparse = {k for k in params if tensor_block(k)=='embeddings' and params[k].dim()==2}
     def coefs(self, k, lam): return lam[self.names.index(self.groups[k])].tolist() if self.groups[k] else self.fixed

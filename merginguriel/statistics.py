@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .core import *
 from .checkpoint import *
 from .task_vector import *
-from .gradient import _input_embedding
+from .gradient import input_embedding
 from .merge import *
 from .merge import _plan
 
@@ -81,7 +81,7 @@ def _measuring(model):
     training,kind = model.training,getattr(getattr(model, 'config', None), '_attn_implementation', None)
     model.eval()
     if kind: model.set_attn_implementation('eager')
-    if found := _input_embedding(model): setattr(found[0], found[1], words := _Words(found[3]))
+    if found := input_embedding(model): setattr(found[0], found[1], words := _Words(found[3]))
     try: yield (found[2],words) if found else None
     finally:
         if found: setattr(found[0], found[1], found[3])
