@@ -38,7 +38,7 @@ from .merge import *
 from .merge import _check_arguments
 from .sparse import *
 from .sparse import _cut,_given,_one_of
-from .adamerging import _ready
+from .gradient import *
 
 # %% ../nbs/2_merging/90_localize.ipynb #ce9c4039
 def mask_scope(
@@ -390,7 +390,7 @@ def learn_masks(
     for n,v in sources.items():
         m = model[n] if isinstance(model, dict) else model
         w = _Learner(n, m, scan, open_checkpoint(as_model(v, base)), start, o)
-        with _ready(m, w.params, {k:True if k in w.scores else None for k in w.params}): found[n],rows = _learn(w, batches[n])
+        with with_gradients(m, w.params, w.scores): found[n],rows = _learn(w, batches[n])
         log += rows
     said = {k:v for k,v in vars(o).items() if k!='loss'}
     return pack_masks(found, dict(kind='learned', density=density, keys=keys)|said, pd.DataFrame(log))
