@@ -381,7 +381,8 @@ def _searched(model, plan, batches, start, ids, o):
             temperature=o.temperature, anchor=o.anchor)
         values,log = _learn(search, coefs, batches, Objective(o.objective, o.prior, o.gate, o.queue))
     for k in rows: # The whole word vectors, now that they are back in the model
-        if not params[k].is_meta: TaskVectors(*search.views).write(params[k], k, _coefs(search, k, values[-1]))
+        if params[k].is_meta: continue
+        TaskVectors(*search.views).write(params[k], k, _coefs(search, k, values[-1]))
     return search,values,log,coefs.lr,len(cut[1]) if cut else None
 
 # %% ../nbs/2_merging/60_adamerging.ipynb #583df466
