@@ -127,7 +127,7 @@ def localize(
     with one_thread():
         for block,p in scan.map(work): bits[block.key][:,block.start//8:block.start//8+p.shape[1]] |= p
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
-    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, dict(kind='largest', density=density, keys=keys))
+    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, made=dict(kind='largest', density=density, keys=keys))
 
 # %% ../nbs/2_merging/90_localize.ipynb #7ed58260
 def _check_masks(masks):
