@@ -32,8 +32,8 @@ from .checkpoint import *
 from .task_vector import *
 from .gradient import *
 from .head import *
+from .loop import *
 from .merge import *
-from .merge import _plan
 from .sparse import *
 
 # %% ../nbs/2_merging/60_adamerging.ipynb #2692c951
@@ -304,7 +304,8 @@ def _record(o, start, sources, lr, cut):
 def _adamerge(model, base, sources, batches, start, ids, o, allow_mixed_heads=False, allow_generic=False):
     if base is None: raise ValueError("task vectors are differences from a base; got None")
     weights,convex = start.clip(lower=0)+1e-12,o.constraint in convex_constraints
-    plan = _plan(base, sources, 'linear', weights/weights.sum(), 'average', 0, allow_mixed_heads, allow_generic, None, {})
+    plan = plan_merge(base, sources, weights=weights/weights.sum(), allow_mixed_heads=allow_mixed_heads,
+        allow_generic=allow_generic, max_elements=None)
     groups,names = _groups(plan, o.scope, convex),list(plan.sources)
     params = _parameters(model, plan, groups)
     words = sliced_vocabulary(model, ids) if o.vocabulary=='sliced' else nullcontext()
@@ -372,10 +373,10 @@ def plot_coefficients(
 # %% ../nbs/2_merging/60_adamerging.ipynb #48201656
 def _elected(scan, sources, weights, hp):
     "Yield (block, source, its values where they are kept and the base's elsewhere)"
-    given = methods.traits('ties').prepare(scan, list(sources), weights, **hp)
+    given = prepared(methods.traits('ties'), scan, list(sources), weights, **hp)
     for block,b,taus in scan():
         o = given(block)
-        t = trim(taus, hp['density'], hp['trim_rule'], o['threshold'], o.get('limit'))
+        t = trim(taus, hp['density'], hp['trim_rule'], threshold=o['threshold'], limit=o.get('limit'))
         sign = elect(t, weights.to(t.dtype), hp['zero'], o.get('majority'))
         for (name,m),tau in zip(sources.items(), t):
             v = m.read(block.key, block.rows)
@@ -390,7 +391,7 @@ def elected_sources(
     **hp, # Other hyperparameters of `ties`: scope, trim_rule, zero
 )->dict: # Name -> model folder
     "Reduce each source to its large values that have the elected sign"
-    plan = _plan(base, sources, 'ties', weights, 'average', 0, True, False, 1<<17, dict(density=density, **hp))
+    plan = plan_merge(base, sources, method='ties', weights=weights, allow_mixed_heads=True, density=density, **hp)
     scan,folders = Scan(plan.base, plan.sources, plan.body, 1<<17),{k:inside(out, k) for k in plan.sources}
     with ExitStack() as stack, one_thread():
         tmp = {k:stack.enter_context(atomic_dir(f)) for k,f in folders.items()}

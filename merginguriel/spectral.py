@@ -21,6 +21,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 from .task_vector import *
+from .loop import *
 from .merge import *
 from .linear import *
 

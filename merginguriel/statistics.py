@@ -28,8 +28,8 @@ from .core import *
 from .checkpoint import *
 from .task_vector import *
 from .gradient import _input_embedding
+from .loop import *
 from .merge import *
-from .merge import _plan
 
 # %% ../nbs/2_merging/55_statistics.ipynb #f562e4f3
 kinds = ('exact','signs','sample','empirical','argmax')
@@ -337,7 +337,8 @@ def regmean_plus_grams(
     ridge:float=1e-6, # As in `regmean`
 ): # Yields (source, {name of a weight: Gram matrix}) layer by layer, for the `grams` of `regmean`
     "Gram matrices of inputs that come from the merged layers below"
-    plan = _plan(base, sources, 'regmean', weights, 'average', 0, True, True, 1<<17, dict(grams={}, alpha=alpha, ridge=ridge))
+    plan = plan_merge(base, sources, method='regmean', weights=weights, allow_mixed_heads=True, allow_generic=True,
+        grams={}, alpha=alpha, ridge=ridge)
     params,w,layers = dict(model.named_parameters()),torch.tensor(plan.weights.values),_layers(model)
     if lack := sorted(set(plan.body)-set(params)): raise TensorNamesError(f"the model has no parameter {lack[0]!r}; build it from a source")
     inside = {k:next((l for l in layers if k.startswith(f'{l}.')), None) for k in plan.body}
