@@ -59,7 +59,7 @@ class Scan:
         keep=None, # Function of (key, f): what `f` returns, now or where `key` was seen before; None: now
     ):
         self.base,self.sources,self.keys,self.max_elements = base,sources,keys,max_elements
-        self.keep = keep or _fresh
+        self.keep = _fresh if keep is None else keep
         self.walked = 0 # Values of one model that were read so far
     def __call__(self,
         keys=None, # Some of the tensors; None: all
