@@ -30,7 +30,6 @@ from .gradient import *
 from .coefficients import *
 from .elected import *
 from .merge import *
-from .merge import _plan
 
 # %% ../nbs/2_merging/60_adamerging.ipynb #2692c951
 def _table_row(table, names, key):
@@ -398,8 +397,7 @@ def adamerge(
     **options, # Other fields of `AdaOptions`; `allow_mixed_heads` and `allow_generic`, as in `merge`
 )->AdaResult:
     "Learn the coefficients of a merge from text without labels"
-    mixed = options.pop('allow_mixed_heads', False)
-    generic = options.pop('allow_generic', False)
+    allowed = {k:options.pop(k) for k in ('allow_mixed_heads','allow_generic') if k in options}
     o = ada_options(scope=scope, constraint=constraint, init=init, steps=steps, **options)
     n,ids = _look(batches, o.objective)
     if o.passes: o = replace(o, steps=o.passes*n)
@@ -407,7 +405,7 @@ def adamerge(
     start = start_coefficients(sources, o.init, o.constraint, temper=o.temper, eps=o.eps)
     if base is None: raise ValueError("task vectors are differences from a base; got None")
     above_0 = start.clip(lower=0)+1e-12
-    plan = _plan(base, sources, 'linear', above_0/above_0.sum(), 'average', 0, mixed, generic, None, {})
+    plan = plan_merge(base, sources, weights=above_0/above_0.sum(), max_elements=None, **allowed)
     search,values,log,lr,n_words = _searched(model, plan, batches, start, ids, o)
     return _result(search, values, log, list(sources), _record(o, sources, start, lr, n, n_words))
 

@@ -177,7 +177,8 @@ def _value(text):
     try: return ast.literal_eval(text)
     except (ValueError,SyntaxError): return text
 
-@command('merge', lambda argv: declared('merge.merge', 'method head seed allow_mixed_heads allow_generic replace'))
+@command('merge', lambda argv: declared('merge.merge', 'method head seed')
+    + declared('merge.MergeOptions', 'allow_mixed_heads allow_generic') + declared('merge.merge', 'replace'))
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each

@@ -20,17 +20,17 @@ from .core import *
 from .outputs import *
 from .checkpoint import *
 from .task_vector import *
+from .loop import *
 from .merge import *
-from .merge import _plan
 from .sparse import *
 
 # %% ../nbs/2_merging/57_elected.ipynb #48201656
 def _elected(scan, sources, weights, hp):
     "Yield (block, source, its values where they are kept and the base's elsewhere)"
-    given = methods.traits('ties').prepare(scan, list(sources), weights, **hp)
+    given = prepared(methods.traits('ties'), scan, list(sources), weights, **hp)
     for block,b,taus in scan():
         o = given(block)
-        t = trim(taus, hp['density'], hp['trim_rule'], o['threshold'], o.get('limit'))
+        t = trim(taus, hp['density'], hp['trim_rule'], threshold=o['threshold'], limit=o.get('limit'))
         sign = elect(t, weights.to(t.dtype), hp['zero'], o.get('majority'))
         for (name,m),tau in zip(sources.items(), t):
             v = m.read(block.key, block.rows)
@@ -65,7 +65,7 @@ def elected_sources(
 )->dict: # Name -> model folder
     "Reduce each source to its large values that have the elected sign"
     hp = dict(density=density, **hp)
-    plan = _plan(base, sources, 'ties', weights, 'average', 0, True, False, 1<<17, hp)
+    plan = plan_merge(base, sources, method='ties', weights=weights, allow_mixed_heads=True, **hp)
     folders = {k:inside(out, k) for k in plan.sources}
     _write_elected(plan, sources, folders)
     return {k:folders[k] for k in sources if k in folders}

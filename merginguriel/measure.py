@@ -168,7 +168,7 @@ def merge_measured(
         if method=='regmean_plus':
             files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'], device=device, **how)
         else: files = {k:measure_statistics(sources[k], texts[k], cache, method, seed=seed, device=device, **how) for k in w.index[w!=0]}
-        report = merge(base, sources, d, name, w, head, **hp|{arg:{k:str(f) for k,f in files.items()}})
+        report = merge(base, sources, d, name, w, head=head, **hp|{arg:{k:str(f) for k,f in files.items()}})
         said = dict(method=method, options=how, statistics={k:open_checkpoint(f).digest() for k,f in files.items()})
         (d/'measurement.json').write_text(json.dumps(said, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return replace(report, path=Path(out))

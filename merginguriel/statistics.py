@@ -25,8 +25,8 @@ from torch import Tensor,nn
 from .core import *
 from .checkpoint import *
 from .task_vector import *
+from .loop import *
 from .merge import *
-from .merge import _plan
 from .information import *
 
 # %% ../nbs/2_merging/55_statistics.ipynb #8e716266
@@ -259,7 +259,8 @@ def regmean_plus_grams(
 ): # Yields (source, {name of a weight: Gram matrix}) layer by layer, for the `grams` of `regmean`
     "Gram matrices of inputs that come from the merged layers below"
     hp = dict(alpha=alpha, ridge=ridge)
-    plan = _plan(base, sources, 'regmean', weights, 'average', 0, True, True, 1<<17, dict(grams={}, **hp))
+    plan = plan_merge(base, sources, method='regmean', weights=weights,
+        allow_mixed_heads=True, allow_generic=True, grams={}, **hp)
     climb = _Climb(model, plan, batches, hp)
     model.eval()
     _fill(climb, [k for k in plan.body if not climb.layer_of(k)], {})
