@@ -15,6 +15,7 @@ dropped before anything else happens; a data set that has none does as well."""
 
 # %% ../nbs/4_models/60_adapt.ipynb #eff17fc2
 import inspect,json
+from dataclasses import fields
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -26,6 +27,8 @@ from .checkpoint import *
 from .base_model import *
 from .gradient import *
 from .merge import *
+from .coefficients import *
+from .elected import *
 from .adamerging import *
 from .data import *
 from .train import *
@@ -73,7 +76,8 @@ def check_adaptation(
     text = options.pop('text', 'dev')
     if text not in ('dev','test','train'): raise ValueError(f"text is 'dev', 'test' or 'train'; got {text!r}")
     if (p := options.get('prior', 'train'))!='train': raise ValueError(f"prior is 'train', the label shares of the sources; got {p!r}")
-    known = {k for f in (adapt,adamerge) for k,p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+    own = {k for k,p in inspect.signature(adapt).parameters.items() if p.default is not p.empty}
+    known = own | {f.name for f in fields(AdaOptions)}
     for k in set(options)-known: raise TypeError(f"adamerging has no option {k!r}; it takes {', '.join(sorted(known))}")
     for k,allowed in dict(scope=scopes, constraint=constraints, objective=objectives).items():
         if k in options and options[k] not in allowed:

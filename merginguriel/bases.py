@@ -35,10 +35,9 @@ from .task_vector import *
 from .task_vector import _pick
 from .adapter import *
 from .head import *
+from .loop import *
 from .merge import *
-from .merge import _check_arguments
 from .sparse import *
-from .sparse import _cut,_given,_one_of
 
 # %% ../nbs/2_merging/85_bases.ipynb #3c63aef0
 _all_ = ['choose_scale','choose_forgetting','keep_good','majority_accuracy'] # Of `validation`, for whoever imports this module
@@ -76,7 +75,7 @@ def _size(n): return min(1<<17, max(1<<12, (1<<21)//n)) # Values in a block, for
 def _merger(method, hp, scan, names): # The merge of `names`, as a function of block, base and vectors
     t = methods.traits(method)
     w = torch.tensor(check_weights(names, None, t.default).values)
-    given = t.prepare(scan, names, w, **hp) if t.prepare else lambda block: {}
+    given = prepared(t, scan, names, w, **hp)
     return lambda block,b,taus: methods[method](torch.zeros_like(b), taus, w.to(b.dtype), **hp, **given(block))
 
 def _grouped(p, parts, method, hp):
@@ -85,8 +84,8 @@ def _grouped(p, parts, method, hp):
     if len(read)==1: return read[0]
     scan = Scan(p.view, parts, p.keys, _size(len(read)))
     if method=='topk':
-        cut = _cut(scan, scan.keys, len(read), hp['density'])
-        f = lambda block,b,taus: trim(taus, hp['density'], **_given(cut, scan, block)).mean(0)
+        cut = measure_cut(scan, scan.keys, len(read), hp['density'])
+        f = lambda block,b,taus: trim(taus, hp['density'], **cut.given(scan, block)).mean(0)
     else: f = _merger(method, hp, scan, list(parts))
     return lambda block,b: f(block, b, torch.stack([r(block, b) for r in read]))
 
@@ -128,8 +127,8 @@ basis_kinds = tuple(_solvers)
 
 def _checked(base, sources, n_bases, kind, seed, head, options):
     "What a cluster is made by, checked before a value is read"
-    _check_arguments(base, sources, 'task_arithmetic', 'average')
-    _one_of(kind=(kind,basis_kinds), head=(head,('bases','own')))
+    check_arguments(base, sources, 'task_arithmetic', 'average')
+    check_choices(kind=(kind,basis_kinds), head=(head,('bases','own')))
     given = inspect.signature(_solvers[kind])
     try: given.bind(None, n_bases, seed, **options)
     except TypeError as e: raise TypeError(f"{kind}: {e}; its options are {', '.join(list(given.parameters)[3:]) or 'none'}") from e

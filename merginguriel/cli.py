@@ -219,8 +219,9 @@ def _value(text):
     except (ValueError,SyntaxError): return text
 
 # %% ../nbs/7_command/30_cli.ipynb #de9f71b0
-@command('merge', lambda argv: declared('merge.merge', 'method head seed allow_mixed_heads allow_generic '
-    'replace'))
+@command('merge', lambda argv: declared('merge.merge', 'method head seed')
+    + declared('merge.MergeOptions', 'allow_mixed_heads allow_generic')
+    + declared('merge.merge', 'replace'))
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each

@@ -6,14 +6,15 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/clustering.html.md""
 
 # %% auto #0
 __all__ = ['cosines', 'in_order', 'laplacian_spectrum', 'eigengap', 'spectral_clusters', 'linkage_clusters', 'random_clusters',
-           'check_groups', 'group_tasks', 'adjusted_rand', 'group_sizes', 'group_encoder', 'group_decoder',
+           'check_groups', 'group_tasks', 'adjusted_rand', 'group_sizes', 'group_decoder', 'group_encoder',
            'size_weights', 'join_group']
 
 # %% ../nbs/2_merging/75_clustering.ipynb #4180be2f
-"""Tasks whose vectors point the same way can share one ([Zeng et al.](https://arxiv.org/abs/2502.01015)). Who belongs together follows
-from cosines, so nothing larger than a T × T matrix is needed. `spectral_clusters` is the published choice, `linkage_clusters` another,
-`random_clusters` the control that says whether the choice matters. A grouping is an array of T whole numbers, 0 for the group of
-the first task, 1 for the next new group, and so on, whatever found it."""
+"""Tasks whose vectors point the same way can share one ([Zeng et al.](https://arxiv.org/abs/2502.01015)).
+Who belongs together follows from cosines, so nothing larger than a T × T matrix is needed.
+`spectral_clusters` is the published choice, `linkage_clusters` is another, and `random_clusters` is the
+control that says whether the choice matters. Whatever found it, a grouping is an array of T whole numbers:
+0 for the group of the first task, 1 for the next new group, and so on."""
 
 # %% ../nbs/2_merging/75_clustering.ipynb #ea5c28b2
 import numpy as np
@@ -26,11 +27,13 @@ def cosines(
     "Cosines of the vectors with these inner products"
     g = check_gram(gram)
     r = np.sqrt(g.diagonal())
-    if not r.all(): raise ValueError(f"vector {int(r.argmin())} is 0 and has no direction; leave that task out")
+    if not r.all():
+        raise ValueError(f"vector {int(r.argmin())} is 0 and has no direction; leave that task out")
     c = (g/r/r[:,None]).clip(-1, 1)
     np.fill_diagonal(c, 1)
     return c
 
+# %% ../nbs/2_merging/75_clustering.ipynb #588e94a9
 def in_order(
     labels, # One for each task, anything hashable
 )->np.ndarray: # Whole numbers, by first appearance
@@ -46,6 +49,7 @@ def laplacian_spectrum(
     s = np.clip(cosine, 0, None)
     return np.linalg.eigvalsh(np.diag(s.sum(1))-s)
 
+# %% ../nbs/2_merging/75_clustering.ipynb #39562145
 def eigengap(
     cosine, # (T, T)
     most:int|None=None, # Largest number of groups; None: T − 1
@@ -54,6 +58,7 @@ def eigengap(
     steps = np.diff(laplacian_spectrum(cosine))[:most]
     return int(steps.argmax())+1 if len(steps) and steps.max()>1e-9 else 1
 
+# %% ../nbs/2_merging/75_clustering.ipynb #158fcd6b
 def spectral_clusters(
     gram, # Inner products, (T, T)
     k:int|None=None, # Number of groups; None: by `eigengap`
@@ -62,11 +67,12 @@ def spectral_clusters(
     "Groups of similar direction"
     c = cosines(gram)
     k = eigengap(c) if k is None else check_count(k, len(c))
-    if k in (1,len(c)): return np.arange(len(c)) if k>1 else np.zeros(len(c), dtype=int)
+    if k==1: return np.zeros(len(c), dtype=int)
+    if k==len(c): return np.arange(len(c))
     import warnings
     from sklearn.cluster import SpectralClustering
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Graph is not fully connected') # Groups without links are no fault here
+        warnings.filterwarnings('ignore', 'Graph is not fully connected') # Groups without links are no fault
         model = SpectralClustering(k, affinity='precomputed', random_state=seed, eigen_solver='arpack')
         return in_order(model.fit_predict(c.clip(0)))
 
@@ -80,8 +86,10 @@ def linkage_clusters(
     c = cosines(gram)
     if check_count(k, len(c))==len(c): return np.arange(len(c))
     from sklearn.cluster import AgglomerativeClustering
-    return in_order(AgglomerativeClustering(k, metric='precomputed', linkage='average').fit_predict(1-c))
+    model = AgglomerativeClustering(k, metric='precomputed', linkage='average')
+    return in_order(model.fit_predict(1-c))
 
+# %% ../nbs/2_merging/75_clustering.ipynb #7de9b028
 def random_clusters(
     n:int, # Number of tasks
     k:int, # Number of groups to draw from; some may stay empty
@@ -100,16 +108,23 @@ def check_groups(
     if k is not None: check_count(k, len(names))
     if isinstance(by, str):
         if by not in ('spectral','linkage','random'):
-            raise ValueError(f"by is one of spectral, linkage, random, or says the group of each task; got {by!r}")
-        if k is None and by!='spectral': raise ValueError(f"by={by!r} needs the number of groups; only 'spectral' finds one")
-    elif lack := [o for o in names if o not in by]: raise ValueError(f"by has no group for {', '.join(lack)}; give each task one")
-    elif k not in (None,n := len({by[o] for o in names})): raise ValueError(f"by has {n} groups, and {k} were asked for")
+            raise ValueError("by is one of spectral, linkage, random, or says the group of each task; "
+                f"got {by!r}")
+        if k is None and by!='spectral':
+            raise ValueError(f"by={by!r} needs the number of groups; only 'spectral' finds one")
+        return
+    if lack := [o for o in names if o not in by]:
+        raise ValueError(f"by has no group for {', '.join(lack)}; give each task one")
+    n = len({by[o] for o in names})
+    if k not in (None,n): raise ValueError(f"by has {n} groups, and {k} were asked for")
 
+# %% ../nbs/2_merging/75_clustering.ipynb #b2cb1a72
 def group_tasks(
     gram, # Inner products, (T, T)
     names:list, # The T tasks
     k:int|None=None, # As for `check_groups`
     by='spectral', # As for `check_groups`
+    *,
     seed:int=0, # Of what is drawn
 )->np.ndarray: # (T,)
     "Groups of the tasks `names`"
@@ -135,6 +150,14 @@ def group_sizes(
     "Number of members of each group"
     return np.bincount(labels)
 
+# %% ../nbs/2_merging/75_clustering.ipynb #694de5f6
+def group_decoder(
+    labels, # (T,)
+)->np.ndarray: # (M, T), zeros and ones
+    "Each task from the vector of its group"
+    return (np.arange(max(labels)+1)[:,None]==labels).astype(float)
+
+# %% ../nbs/2_merging/75_clustering.ipynb #2f4f5617
 def group_encoder(
     gram, # Inner products, (T, T)
     labels, # (T,)
@@ -142,16 +165,14 @@ def group_encoder(
 )->np.ndarray: # (T, M); columns sum to 1
     "The vector of each group, as weights of the task vectors"
     if inner not in ('mean','metagpt'): raise ValueError(f"inner is one of mean, metagpt; got {inner!r}")
-    b = group_decoder(labels).T*(check_gram(gram).diagonal()[:,None] if inner=='metagpt' else 1.)
-    if not (total := b.sum(0)).all(): raise ValueError(f"all vectors of group {int(total.argmin())} are 0; leave those tasks out")
+    length = check_gram(gram).diagonal()[:,None] if inner=='metagpt' else 1.
+    b = group_decoder(labels).T*length
+    total = b.sum(0)
+    if not total.all():
+        raise ValueError(f"all vectors of group {int(total.argmin())} are 0; leave those tasks out")
     return b/total
 
-def group_decoder(
-    labels, # (T,)
-)->np.ndarray: # (M, T), zeros and ones
-    "Each task from the vector of its group"
-    return (np.arange(max(labels)+1)[:,None]==labels).astype(float)
-
+# %% ../nbs/2_merging/75_clustering.ipynb #32d2632d
 def size_weights(
     labels, # (T,)
 )->np.ndarray: # (M,), sums to 1
@@ -165,8 +186,11 @@ def join_group(
     threshold:float|None=None, # Least cosine with which it joins one; None: any
 )->tuple: # Group of the new task; (M + 1, M or M + 1)
     "Where a new task belongs, and what becomes of the groups"
-    m,i = len(cosine),int(np.argmax(cosine))
+    m = len(cosine)
+    i = int(np.argmax(cosine))
     if threshold is not None and cosine[i]<threshold: return m,np.eye(m+1)
-    n,turn = group_sizes(labels)[i],np.eye(m+1)[:,:m]
-    turn[i,i],turn[m,i] = n/(n+1),1/(n+1)
+    n = group_sizes(labels)[i]
+    turn = np.eye(m+1)[:,:m]
+    turn[i,i] = n/(n+1)
+    turn[m,i] = 1/(n+1)
     return i,turn

@@ -8,12 +8,14 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/geometry.html.md"""
 __all__ = ['slerp', 'karcher', 'chain', 'model_stock', 'directional_consensus', 'lines']
 
 # %% ../nbs/2_merging/35_geometry.ipynb #35f22206
-"""The mean of two vectors of one length is shorter than both, the more so the wider the angle between them. `slerp` goes along the
-sphere instead, `karcher` is its mean of any number of sources, and `chain` applies it again and again. `model_stock` stays nearer to the
-base the less the sources agree in direction, and `directional_consensus` keeps what lies along their sum. All five add multiples
-of the sources, and the multiples follow from inner products: the first pass over the files keeps one matrix of (K+1)² numbers for
-each tensor, however large the model. `scope='tensor'`, the default, takes each tensor as a vector; `scope='global'` takes the whole
-model as one, without the head, which `merge` never shows to a method. `lines` scales the result of any other method by depth."""
+"""The mean of two vectors of one length is shorter than both, the more so the wider the angle between them.
+`slerp` goes along the sphere instead, `karcher` is its mean of any number of sources, and `chain` applies
+it again and again. `model_stock` stays nearer to the base the less the sources agree in direction, and
+`directional_consensus` keeps what lies along their sum. All five add multiples of the sources, and the
+multiples follow from inner products: the first pass over the files keeps one matrix of (K+1)² numbers for
+each tensor, however large the model. `scope='tensor'`, the default, takes each tensor as a vector;
+`scope='global'` takes the whole model as one, without the head, which `merge` never shows to a method.
+`lines` scales the result of any other method by depth."""
 
 # %% ../nbs/2_merging/35_geometry.ipynb #8a281e93
 import math
@@ -21,8 +23,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from .task_vector import *
+from .loop import *
 from .merge import *
-from .sparse import _one_of
 
 # %% ../nbs/2_merging/35_geometry.ipynb #16d86c60
 def _gram(g, of):
@@ -36,27 +38,32 @@ def _cosines(g, eps=1e-8):
     u = torch.where(r>eps, r, 1.)
     return r,u,(g/u[:,None]/u).clamp(-1, 1)
 
-# %% ../nbs/2_merging/35_geometry.ipynb #aa2b6b32
-def _apply(rule, base, taus, weights, scope, coefs, of='task_vectors', **hp):
-    _one_of(scope=(scope,('tensor','global')), of=(of,('models','task_vectors')))
+# %% ../nbs/2_merging/35_geometry.ipynb #242fe752
+def _apply(rule, base, taus, weights, scope, coefs, *, of='task_vectors', **hp):
+    "The merge of one tensor by the coefficients of `rule`, which are `coefs` where `merge` has measured them"
+    check_choices(scope=(scope,('tensor','global')), of=(of,('models','task_vectors')))
     if coefs is None:
         x = torch.cat([taus.reshape(len(taus), base.numel()), base.reshape(1, -1)])
         coefs = rule(products(x), weights.double(), of=of, **hp)
     out = base + sum(c*tau for c,tau in zip(coefs.tolist(), taus))
     return out if of=='task_vectors' else out + float(coefs.sum()-1)*base
 
+# %% ../nbs/2_merging/35_geometry.ipynb #aa2b6b32
 def _measured(rule):
     "The `prepare` of a rule"
     def prepare(scan, names, weights, scope, of='task_vectors', **hp):
+        coefs = lambda g: rule(g, weights, of=of, **hp)
         g = {k:p for k,p,_ in iter_products(scan.base, scan.sources, scan.keys)}
-        if scope=='global' and g: c = dict.fromkeys(g, rule(sum(g.values()), weights, of=of, **hp))
-        else: c = {k:rule(p, weights, of=of, **hp) for k,p in g.items()}
+        if scope=='global' and g: c = dict.fromkeys(g, coefs(sum(g.values())))
+        else: c = {k:coefs(p) for k,p in g.items()}
         return lambda block: dict(coefs=c[block.key])
     return prepare
 
-# %% ../nbs/2_merging/35_geometry.ipynb #be2253b3
+# %% ../nbs/2_merging/35_geometry.ipynb #503addd7
 def _straight(x):
-    if not 0<=x<=1: raise ValueError(f"straight is the |cosine| from which on the weighted mean is taken, in [0, 1]; got {x}")
+    if not 0<=x<=1:
+        raise ValueError("straight is the |cosine| from which on the weighted mean is taken, in [0, 1]; "
+            f"got {x}")
     return min(x, 1-1e-15)
 
 def _between(g, w, straight):
@@ -66,11 +73,17 @@ def _between(g, w, straight):
     angle = cos.acos()
     return (w*angle).sin()/angle.sin()
 
+# %% ../nbs/2_merging/35_geometry.ipynb #8f166263
 def _slerp(g, weights, of, straight):
-    n,w,straight = len(weights),weights/weights.sum(),_straight(straight)
-    if n>2: raise ValueError(f"slerp goes from one source to another; got {n}. For more take karcher (the mean on the sphere) or chain")
+    n = len(weights)
+    w = weights/weights.sum()
+    straight = _straight(straight)
+    if n>2:
+        raise ValueError(f"slerp goes from one source to another; got {n}. For more take karcher (the mean "
+            "on the sphere) or chain")
     return w if n==1 else _between(_gram(g, of), w, straight)
 
+# %% ../nbs/2_merging/35_geometry.ipynb #be2253b3
 @register(prepare=_measured(_slerp), given=('coefs',), convex=True, translation=False, scale_free=True)
 def slerp(
     base:Tensor, # Base values, (*shape)
@@ -84,36 +97,51 @@ def slerp(
     "The point between two sources on the sphere"
     return _apply(_slerp, base, taus, weights, scope, coefs, of=of, straight=straight)
 
+# %% ../nbs/2_merging/35_geometry.ipynb #793144e5
+def _unit_vectors(cos):
+    "Vectors with these cosines, as rows"
+    value,vector = torch.linalg.eigh(cos)
+    y = vector*value.clamp(min=0).sqrt()
+    length = y.norm(dim=1)
+    return y/torch.where(length>.5, length, 1.)[:,None]
+
 # %% ../nbs/2_merging/35_geometry.ipynb #d7e3c939
+def _step(a, y, w):
+    "The tangent along which the mean with coefficients `a` moves, as coefficients, and its length"
+    d = (y@(a@y)).clamp(-1, 1)
+    pull = w*torch.where(d>1-1e-14, 1., d.acos()/(1-d*d).clamp(min=1e-30).sqrt())
+    pull[d<-.9995] = 0
+    t = pull-(pull@d)*a
+    return t,float((t@y).norm())
+
+# %% ../nbs/2_merging/35_geometry.ipynb #197d6980
 def _mean_direction(cos, w, tol, steps):
     "Coefficients of the unit vectors in their Karcher mean; None where they cancel"
-    value,vector = torch.linalg.eigh(cos)
-    y = vector*value.clamp(min=0).sqrt() # Vectors with these cosines
-    y = y/torch.where(y.norm(dim=1)>.5, y.norm(dim=1), 1.)[:,None]
-    a,size = w,float((w@y).norm())
+    y = _unit_vectors(cos)
+    size = float((w@y).norm())
     if size<1e-6: return None
-    a = a/size
+    a = w/size
     for _ in range(steps):
-        d = (y@(a@y)).clamp(-1, 1)
-        pull = w*torch.where(d>1-1e-14, 1., d.acos()/(1-d*d).clamp(min=1e-30).sqrt())
-        pull[d<-.9995] = 0
-        t = pull-(pull@d)*a
-        size = float((t@y).norm())
+        t,size = _step(a, y, w)
         if size<=tol: return a
         a = math.cos(size)*a+math.sin(size)/size*t
         a = a/(a@y).norm()
-    raise ValueError(f"after {steps} steps the mean direction still moves by {size:.1e} radians, more than tol={tol}; the sources lie too "
-        f"far apart (lowest cosine {cos.min():.2f}): take of='models', scope='global' or linear, or raise steps or tol")
+    raise ValueError(f"after {steps} steps the mean direction still moves by {size:.1e} radians, more than "
+        f"tol={tol}; the sources lie too far apart (lowest cosine {cos.min():.2f}): take of='models', "
+        "scope='global' or linear, or raise steps or tol")
 
-# %% ../nbs/2_merging/35_geometry.ipynb #d63d232d
+# %% ../nbs/2_merging/35_geometry.ipynb #11d8d091
 def _karcher(g, weights, of, length, tol, steps):
-    _one_of(length=(length,('mean','own')))
-    if not (tol>0 and steps>=1): raise ValueError(f"tol is above 0 and steps at least 1; got {tol} and {steps}")
+    check_choices(length=(length,('mean','own')))
+    if not (tol>0 and steps>=1):
+        raise ValueError(f"tol is above 0 and steps at least 1; got {tol} and {steps}")
     w = weights/weights.sum()
     r,u,cos = _cosines(_gram(g, of))
     a = _mean_direction(cos, w, tol, steps)
-    return w if a is None else a if length=='own' else a*(w@r)/u
+    if a is None: return w
+    return a if length=='own' else a*(w@r)/u
 
+# %% ../nbs/2_merging/35_geometry.ipynb #d63d232d
 @register(prepare=_measured(_karcher), given=('coefs',), convex=True, translation=False, scale_free=True)
 def karcher(
     base:Tensor, # Base values, (*shape)
@@ -129,11 +157,15 @@ def karcher(
     "The weighted mean of the sources on the sphere"
     return _apply(_karcher, base, taus, weights, scope, coefs, of=of, length=length, tol=tol, steps=steps)
 
-# %% ../nbs/2_merging/35_geometry.ipynb #81a860c8
+# %% ../nbs/2_merging/35_geometry.ipynb #27b84c7a
 def _chain(g, weights, of, straight, legacy):
-    g,w,straight = _gram(g, of),weights.tolist(),_straight(straight)
+    "The heaviest source comes first; `c` holds the coefficients of the result so far"
+    g = _gram(g, of)
+    w = weights.tolist()
+    straight = _straight(straight)
     order = sorted(range(len(w)), key=lambda i: (-w[i], i))
-    one,total = torch.eye(len(w), dtype=g.dtype),w[order[0]]
+    one = torch.eye(len(w), dtype=g.dtype)
+    total = w[order[0]]
     c = one[order[0]]
     for last,i in pairwise(order):
         total += w[i]
@@ -142,6 +174,7 @@ def _chain(g, weights, of, straight, legacy):
         c = _between(two@g@two.T, g.new_tensor([1-t,t]), straight)@two
     return c
 
+# %% ../nbs/2_merging/35_geometry.ipynb #81a860c8
 @register(prepare=_measured(_chain), given=('coefs',), convex=True, translation=False, scale_free=True)
 def chain(
     base:Tensor, # Base values, (*shape)
@@ -156,13 +189,16 @@ def chain(
     "SLERP of the heaviest source and the next, of the result and the next, …"
     return _apply(_chain, base, taus, weights, scope, coefs, of=of, straight=straight, legacy=legacy)
 
-# %% ../nbs/2_merging/35_geometry.ipynb #e0896815
+# %% ../nbs/2_merging/35_geometry.ipynb #9f9d1876
 def _stock(g, weights, of):
-    k,w = len(weights),weights/weights.sum()
+    k = len(weights)
+    w = weights/weights.sum()
     cos = _cosines(_gram(g, of))[2]
-    c = ((cos.sum()-cos.trace())/(k*(k-1))).clamp(min=0) if k>1 else 1
+    pairs = k*(k-1)
+    c = ((cos.sum()-cos.trace())/pairs).clamp(min=0) if pairs else 1
     return k*c/(1+(k-1)*c)*w
 
+# %% ../nbs/2_merging/35_geometry.ipynb #e0896815
 @register(prepare=_measured(_stock), given=('coefs',), convex=True, homogeneous=True, scale_free=True)
 def model_stock(
     base:Tensor, # Base values, (*shape)
@@ -174,14 +210,16 @@ def model_stock(
     "The weighted mean of the sources, drawn towards the base by their disagreement"
     return _apply(_stock, base, taus, weights, scope, coefs)
 
-# %% ../nbs/2_merging/35_geometry.ipynb #b5d2dceb
+# %% ../nbs/2_merging/35_geometry.ipynb #5e6da583
 def _consensus(g, weights, of, alpha):
     if not 0<=alpha<=1: raise ValueError(f"alpha is the share of the projection, in [0, 1]; got {alpha}")
-    g,w = _gram(g, of),weights/weights.sum()
+    g = _gram(g, of)
+    w = weights/weights.sum()
     along = g.sum(1) # ⟨τ, Στ⟩
     if along.sum()<=1e-12*g.trace(): return (1-alpha)*w # The sum is 0
     return alpha*(w@along)/along.sum()+(1-alpha)*w
 
+# %% ../nbs/2_merging/35_geometry.ipynb #b5d2dceb
 @register(prepare=_measured(_consensus), given=('coefs',), convex=True, homogeneous=True, scale_free=True)
 def directional_consensus(
     base:Tensor, # Base values, (*shape)
@@ -197,48 +235,68 @@ def directional_consensus(
 # %% ../nbs/2_merging/35_geometry.ipynb #ae9aa652
 def _depths(keys, other):
     "Tensor name -> l/(L−1)"
-    _one_of(other=(other,('last','first')))
+    check_choices(other=(other,('last','first')))
     blocks = {k:tensor_block(k) for k in keys}
     layers = sorted({int(b[6:]) for b in blocks.values() if b.startswith('layer.')})
-    if not layers: raise ValueError(f"no tensor is in a numbered layer, e.g. {''.join(keys[:1])!r}; lines scales by names such as "
-        "'layer.3.', so take another method, or rename the tensors")
-    depth = {f'layer.{l}':i/(len(layers)-1) if i else float(len(layers)==1) for i,l in enumerate(layers)}
+    if not layers:
+        raise ValueError(f"no tensor is in a numbered layer, e.g. {''.join(keys[:1])!r}; lines scales by "
+            "names such as 'layer.3.', so take another method, or rename the tensors")
+    last = len(layers)-1
+    depth = {f'layer.{l}':i/last if last else 1. for i,l in enumerate(layers)}
     depth |= dict(embeddings=0., other=float(other=='last'))
     return {k:depth[b] for k,b in blocks.items()}
 
-# %% ../nbs/2_merging/35_geometry.ipynb #c59463b6
+# %% ../nbs/2_merging/35_geometry.ipynb #c2bf5b08
 def _length(x): return x.abs().sum(dtype=torch.float64)
 
 def _inner(base, taus, weights, of, hp, given):
     "The merged task vector, and the lengths of the mean task vector and of it"
     merged = methods[of](base, taus, weights, **hp, **given)-base
-    mean = sum(w*tau for w,tau in zip((weights/weights.abs().sum()).tolist(), taus))
+    shares = (weights/weights.abs().sum()).tolist()
+    mean = sum(w*tau for w,tau in zip(shares, taus))
     return merged,torch.stack([_length(mean), _length(merged)])
 
 def _ratio(lengths): return float(lengths[0]/lengths[1]) if lengths[1]>0 else 1.
 
+# %% ../nbs/2_merging/35_geometry.ipynb #34d4b03e
+def _whole_ratio(scan, weights, of, hp, given):
+    "`_ratio` of all tensors, from one pass in blocks of its own, so that those of `merge` do not matter"
+    size = 1<<17 if methods.traits(of).elementwise else None
+    blocks = Scan(scan.base, scan.sources, scan.keys, size)()
+    lengths = (_inner(b, taus, weights.to(b.dtype), of, hp, given(block))[1] for block,b,taus in blocks)
+    return _ratio(sum(lengths, torch.zeros(2)))
+
+# %% ../nbs/2_merging/35_geometry.ipynb #c59463b6
 def _prepare_lines(scan, names, weights, of, hp, alpha, other, **rest):
-    t,depth,hp,ratio = methods.traits(of),_depths(scan.keys, other),hp or {},None
-    if not t.elementwise: scan.max_elements = None
-    measured = t.prepare(scan, names, weights, **check_hyperparameters(of, hp, len(names))) if t.prepare else lambda block: {}
-    own = lambda block: {k:v for k,v in dict(names=names, keys=[block.key]).items() if k in t.given and t.coefficients}
-    given = lambda block: own(block)|measured(block)
-    if alpha is None: # In blocks of its own, so that those of `merge` do not matter
-        blocks = Scan(scan.base, scan.sources, scan.keys, 1<<17 if t.elementwise else None)()
-        ratio = _ratio(sum((_inner(b, taus, weights.to(b.dtype), of, hp, given(o))[1] for o,b,taus in blocks), torch.zeros(2)))
+    traits = methods.traits(of)
+    depth = _depths(scan.keys, other)
+    hp = hp or {}
+    if not traits.elementwise: scan.max_elements = None
+    given = prepared(traits, scan, names, weights, **check_hyperparameters(of, hp, len(names)))
+    ratio = _whole_ratio(scan, weights, of, hp, given) if alpha is None else None
     return lambda block: dict(depth=depth[block.key], ratio=ratio, inner=given(block))
 
+# %% ../nbs/2_merging/35_geometry.ipynb #4898d910
+def _check_lines(weights, of, hp, alpha, beta, other):
+    check_choices(other=(other,('last','first')))
+    check_hyperparameters(of, hp, len(weights))
+    if not all(math.isfinite(o) for o in (alpha or 0, beta)):
+        raise ValueError(f"alpha and beta are finite; got {alpha} and {beta}")
+    if (weights<0).any() and not methods.traits(of).negative:
+        raise ValueError(f"{of} takes weights of 0 or more; got {float(weights.min())}")
+
 # %% ../nbs/2_merging/35_geometry.ipynb #2256b749
-@register(default='ones', negative=True, prepare=_prepare_lines, given=('depth','ratio','inner'), homogeneous=True)
+@register(default='ones', negative=True, prepare=_prepare_lines, given=('depth','ratio','inner'),
+    homogeneous=True)
 def lines(
     base:Tensor, # Base values, (*shape)
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, (n,); as the method `of` takes them
     of:str='task_arithmetic', # Name in `methods` of the merge to scale
     hp:dict|None=None, # Hyperparameters of that method
-    alpha:float|None=None, # Factor at the first layer; None: the length of the weighted mean over that of the merge
+    alpha:float|None=None, # Factor at the first layer; None: length of the mean over that of the merge
     beta:float=1., # How much larger the factor is at the last layer
-    other:str='last', # Layer of what has no number and is no embedding: 'last', or 'first' as in the authors' code
+    other:str='last', # Layer of what has no number and is no embedding: 'last', or 'first' as published
     depth:float=1., # From `merge`: 0 at the first layer, 1 at the last; a tensor alone is a last layer
     ratio:float|None=None, # From `merge`: `alpha` over the whole model; None: of these values
     inner:dict|None=None, # From `merge`: what the method `of` is given
@@ -248,10 +306,3 @@ def lines(
     merged,lengths = _inner(base, taus, weights, of, hp or {}, inner or {})
     if alpha is None: alpha = _ratio(lengths) if ratio is None else ratio
     return base + (alpha+beta*depth)*merged
-
-def _check_lines(weights, of, hp, alpha, beta, other):
-    _one_of(other=(other,('last','first')))
-    check_hyperparameters(of, hp, len(weights))
-    if not all(math.isfinite(o) for o in (alpha or 0, beta)): raise ValueError(f"alpha and beta are finite; got {alpha} and {beta}")
-    if (weights<0).any() and not methods.traits(of).negative:
-        raise ValueError(f"{of} takes weights of 0 or more; got {float(weights.min())}")

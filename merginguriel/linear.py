@@ -9,9 +9,10 @@ __all__ = ['linear', 'task_arithmetic']
 
 # %% ../nbs/2_merging/25_linear.ipynb #1dad5089
 """A linear method adds multiples of the task vectors to the base: `base + Σ λ_i·tau_i`. It is the merge to
-compare everything else with, it has a meaning that can be read off its coefficients λ, and it needs one pass
-over the files. `linear` makes the λ sum to 1, so the base cancels and the result is a mean of the sources.
-`task_arithmetic` ([Ilharco et al.](https://arxiv.org/abs/2212.04089)) lets them sum to anything."""
+compare everything else with, it has a meaning that can be read off its coefficients λ, and it needs one
+pass over the files. `linear` makes the λ sum to 1, so the base cancels and the result is a mean of the
+sources. `task_arithmetic` ([Ilharco et al.](https://arxiv.org/abs/2212.04089)) lets them sum to
+anything."""
 
 # %% ../nbs/2_merging/25_linear.ipynb #1dbf8b71
 from torch import Tensor

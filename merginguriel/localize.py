@@ -34,11 +34,10 @@ from .task_vector import *
 from .adapter import *
 from .head import *
 from .base_model import *
+from .loop import *
 from .merge import *
-from .merge import _check_arguments
 from .sparse import *
-from .sparse import _cut,_given,_one_of
-from .adamerging import _ready
+from .gradient import *
 
 # %% ../nbs/2_merging/90_localize.ipynb #ce9c4039
 def mask_scope(
@@ -46,7 +45,7 @@ def mask_scope(
     keys='no_embeddings', # 'no_embeddings', 'all', or a list of names
 )->list: # In the order of `names`
     "The tensors in which a mask chooses values"
-    if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
+    if isinstance(keys, str): check_choices(keys=(keys,('no_embeddings','all')))
     want = [k for k in names if keys=='all' or tensor_block(k)!='embeddings'] if isinstance(keys, str) else list(keys)
     if extra := sorted(set(want)-set(names)): raise TensorNamesError(f"{extra[0]!r} is no tensor that a mask can choose from; it is not in "
         "the sources, not in the base, or part of the classifier")
@@ -94,7 +93,7 @@ def _without_head(model):
 
 def _bodies(base, sources, keys='all', max_elements=1<<17):
     "A `Scan` over base and sources without their classifiers"
-    _check_arguments(base, sources, 'localize_and_stitch', 'average')
+    check_arguments(base, sources, 'localize_and_stitch', 'average')
     parts = {k:_without_head(as_model(v, base)) for k,v in sources.items()}
     floats,first = check_tensors(parts),next(iter(parts))
     _,view,drawn,_ = open_base(base, first, parts[first], floats, 'average')
@@ -120,14 +119,14 @@ def localize(
 )->Masks:
     "The `density` largest changes of each source"
     scan = _bodies(base, sources, keys, max_elements)
-    cut = _cut(scan, scan.keys, len(sources), density, zeros=True)
+    cut = measure_cut(scan, scan.keys, len(sources), density, zeros=True)
     shapes = _shapes(scan)
     bits = {k:np.zeros((len(sources),-(-math.prod(s)//8)), np.uint8) for k,s in shapes.items()}
-    work = lambda block, _, taus: (block,_packed(largest(taus, density, **_given(cut, scan, block)), block.start))
+    work = lambda block, _, taus: (block,_packed(largest(taus, density, **cut.given(scan, block)), block.start))
     with one_thread():
         for block,p in scan.map(work): bits[block.key][:,block.start//8:block.start//8+p.shape[1]] |= p
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
-    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, dict(kind='largest', density=density, keys=keys))
+    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, made=dict(kind='largest', density=density, keys=keys))
 
 # %% ../nbs/2_merging/90_localize.ipynb #7ed58260
 def _check_masks(masks):
@@ -158,9 +157,9 @@ def _prepare(scan, names, weights, density, keys, masks):
         owned = _owned(masks, names, _shapes(scan))
         return lambda block: dict(owned=owned(block))
     scope = mask_scope(scan.keys, keys)
-    cut = scan.keep(('localize', *names, density, *scope), lambda: _cut(scan, scope, len(names), density, zeros=True))
+    cut = scan.keep(('localize', *names, density, *scope), lambda: measure_cut(scan, scope, len(names), density, zeros=True))
     none,scope = dict(threshold=torch.full((len(names),), math.inf)),set(scope)
-    return lambda block: _given(cut, scan, block) if block.key in scope else none
+    return lambda block: cut.given(scan, block) if block.key in scope else none
 
 @register(prepare=_prepare, given=('threshold','limit','owned'), homogeneous=True, scale_free=True)
 def localize_and_stitch(
@@ -175,7 +174,7 @@ def localize_and_stitch(
     owned:Tensor|None=None, # From `merge`: what each source owns, (n, *shape), bool
 )->Tensor: # (*shape)
     "Take the values that a source owns from it, their mean where several do, and the base elsewhere"
-    if isinstance(keys, str): _one_of(keys=(keys,('no_embeddings','all')))
+    if isinstance(keys, str): check_choices(keys=(keys,('no_embeddings','all')))
     if masks is not None: _check_masks(masks)
     if threshold is not None and no_change(taus): return base.clone()
     if owned is None: owned = largest(taus, density, threshold, limit)
@@ -375,7 +374,7 @@ def learn_masks(
     keys='no_embeddings', # 'no_embeddings', 'all' or names, as for `mask_scope`
 )->Masks: # Their `log` has loss, mean share and density of each epoch, and of the finished mask
     "Learn which changes of each source lower its own loss"
-    _one_of(reg=(reg,('l1','polar')), scale=(scale,('largest','published')))
+    check_choices(reg=(reg,('l1','polar')), scale=(scale,('largest','published')))
     if lam is None and (reg,scale)==('l1','published'): raise ValueError("the size of unscaled gradients is that of the model; give lam")
     lam = lam if lam is not None else .003 if reg=='l1' else 10.
     lr = lr if lr is not None else 1e4 if scale=='largest' else 1e7
@@ -390,7 +389,7 @@ def learn_masks(
     for n,v in sources.items():
         m = model[n] if isinstance(model, dict) else model
         w = _Learner(n, m, scan, open_checkpoint(as_model(v, base)), start, o)
-        with _ready(m, w.params, {k:True if k in w.scores else None for k in w.params}): found[n],rows = _learn(w, batches[n])
+        with with_gradients(m, w.params, w.scores): found[n],rows = _learn(w, batches[n])
         log += rows
     said = {k:v for k,v in vars(o).items() if k!='loss'}
     return pack_masks(found, dict(kind='learned', density=density, keys=keys)|said, pd.DataFrame(log))

@@ -8,11 +8,12 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/masks.html.md"""
 __all__ = ['Masks', 'pack_masks', 'as_groups', 'shared_masks', 'single_masks']
 
 # %% ../nbs/2_merging/65_masks.ipynb #acc6a323
-"""A model with 278 million values takes 1.1 GB, and a mask over it 35 MB, if a bit is a bit. `Masks` are the masks
-of several owners over the same tensors: packed eight to a byte, in memory or in a file that is read where it is
-looked at, and with a digest, so that another or an altered file is an error. `density` says how much each owner
-has, `overlap` how much two have in common, `storage` what it costs. `shared_masks` and `single_masks` make new
-masks from those of a cluster. What the masks are of is not known here; tensors are names and shapes."""
+"""A mask says for each value of a model whether it is an owner's. A model with 278 million values takes 1.1
+GB, and a mask over it takes 35 MB if a bit is a bit. `Masks` are the masks of several owners over the same
+tensors. They are packed eight to a byte, in memory or in a file that is read where it is looked at, and
+carry a digest, so that another or an altered file is an error. `density` says how much each owner has,
+`overlap` how much two have in common, and `storage` what it costs. `shared_masks` and `single_masks` make
+new masks from those of a cluster. What the masks are of is not known here; tensors are names and shapes."""
 
 # %% ../nbs/2_merging/65_masks.ipynb #2b751267
 import hashlib,json,math
@@ -30,9 +31,15 @@ class Masks:
         bits, # Number of the mask, '/', tensor -> packed bits: uint8 arrays, or slices of a file
         at:dict, # Owner -> number of its mask; owners may share one
         shapes:dict, # Tensor -> shape
+        *,
         made:dict|None=None, # How the masks were made
         log:pd.DataFrame|None=None, # How they were learned, where they were
-    ): self.bits,self.at,self.shapes,self.made,self.log = bits,dict(at),{k:tuple(s) for k,s in shapes.items()},dict(made or {}),log
+    ):
+        self.bits = bits
+        self.at = dict(at)
+        self.shapes = {k:tuple(s) for k,s in shapes.items()}
+        self.made = dict(made or {})
+        self.log = log
     @property
     def names(self)->list:
         "The owners, in order"
@@ -40,27 +47,32 @@ class Masks:
     def size(self)->int:
         "Number of values that have an owner or none"
         return sum(map(math.prod, self.shapes.values()))
-    def __repr__(self):
-        d = self.density()
-        return f"Masks of {len(d)} owner{'s'*(len(d)>1)}, {100*d.min():.3g} to {100*d.max():.3g} % of {self.size():,} values each"
-    def number(self,
-        name, # An owner
-    )->int:
-        "Number of the mask of `name`"
-        if name in self.at: return self.at[name]
-        raise KeyError(f"no mask of {name!r}; there are {', '.join(self.at)}")
-    def packed(self,
-        key, # Name of a tensor
-        a, # First byte
-        b, # Byte after the last
-        names=None, # Owners; None: all
-    )->np.ndarray: # (n, b-a), uint8
-        "Bytes of the masks of `names`"
-        rows = [self.number(n) for n in (self.at if names is None else names)]
-        return np.stack([self.bits[f'{i}/{key}'][a:b] for i in rows]) if b>a else np.zeros((len(rows),0), np.uint8)
+
+# %% ../nbs/2_merging/65_masks.ipynb #22c876ca
+@patch
+def number(self:Masks,
+    name, # An owner
+)->int:
+    "Number of the mask of `name`"
+    if name in self.at: return self.at[name]
+    raise KeyError(f"no mask of {name!r}; there are {', '.join(self.at)}")
+
+# %% ../nbs/2_merging/65_masks.ipynb #d8c68cd2
+@patch
+def packed(self:Masks,
+    key, # Name of a tensor
+    a, # First byte
+    b, # Byte after the last
+    names=None, # Owners; None: all
+)->np.ndarray: # (n, b-a), uint8
+    "Bytes of the masks of `names`"
+    names = self.names if names is None else names
+    rows = [self.number(n) for n in names]
+    if b<=a: return np.zeros((len(rows),0), np.uint8)
+    return np.stack([self.bits[f'{i}/{key}'][a:b] for i in rows])
 
 # %% ../nbs/2_merging/65_masks.ipynb #e666ee73
-def _bytes(shape): return -(-math.prod(shape)//8)
+def _bytes(n): return -(-n//8) # That `n` bits take
 
 @patch
 def read(self:Masks,
@@ -71,12 +83,15 @@ def read(self:Masks,
 )->np.ndarray: # (n, count), bool
     "Which of these values each of `names` has"
     count = math.prod(self.shapes[key])-start if count is None else count
-    p = self.packed(key, start//8, -(-(start+count)//8), names)
+    p = self.packed(key, start//8, _bytes(start+count), names)
     return np.unpackbits(p, axis=1)[:,start%8:][:,:count].view(bool)
 
+# %% ../nbs/2_merging/65_masks.ipynb #f1e26034
 @patch
-def __getitem__(self:Masks, name): return {k:self.read(k, names=[name])[0].reshape(s) for k,s in self.shapes.items()}
+def __getitem__(self:Masks, name):
+    return {k:self.read(k, names=[name])[0].reshape(s) for k,s in self.shapes.items()}
 
+# %% ../nbs/2_merging/65_masks.ipynb #c9791dbd
 def pack_masks(
     masks:dict, # Owner -> tensor name -> which values it has, bool arrays or tensors
     made:dict|None=None, # How they were made
@@ -86,39 +101,57 @@ def pack_masks(
     arrays = {n:{k:np.asarray(v, dtype=bool) for k,v in m.items()} for n,m in masks.items()}
     shapes = {k:v.shape for k,v in next(iter(arrays.values())).items()}
     for n,m in arrays.items():
-        if {k:v.shape for k,v in m.items()}!=shapes: raise IncompatibleError(f"the mask of {n} is over other tensors than the first one")
+        if {k:v.shape for k,v in m.items()}!=shapes:
+            raise IncompatibleError(f"the mask of {n} is over other tensors than the first one")
     bits = {f'{i}/{k}':np.packbits(v.reshape(-1)) for i,m in enumerate(arrays.values()) for k,v in m.items()}
-    return Masks(bits, {n:i for i,n in enumerate(masks)}, shapes, made, log)
+    return Masks(bits, {n:i for i,n in enumerate(masks)}, shapes, made=made, log=log)
 
 # %% ../nbs/2_merging/65_masks.ipynb #273cf1b0
 _piece = 1<<18 # Bytes of a mask that are looked at together
 
-def _pieces(self):
+def _pieces(masks):
     "The packed bits of all owners, piece by piece"
-    for k,s in self.shapes.items():
-        for a in range(0, _bytes(s), _piece): yield self.packed(k, a, min(_bytes(s), a+_piece))
+    for k,s in masks.shapes.items():
+        n = _bytes(math.prod(s))
+        for a in range(0, n, _piece): yield masks.packed(k, a, min(n, a+_piece))
 
+# %% ../nbs/2_merging/65_masks.ipynb #5c1b5f3e
 @patch
 def density(self:Masks)->pd.Series: # Owner -> fraction, in [0, 1]
     "How much each owner has"
-    return pd.Series(sum(np.bitwise_count(p).sum(1, dtype=np.int64) for p in _pieces(self))/self.size(), self.names)
+    counts = sum(np.bitwise_count(p).sum(1, dtype=np.int64) for p in _pieces(self))
+    return pd.Series(counts/self.size(), self.names)
+
+# %% ../nbs/2_merging/65_masks.ipynb #62bb326a
+@patch
+def __repr__(self:Masks):
+    d = self.density()
+    owners = 'owner' if len(d)==1 else 'owners'
+    share = f'{100*d.min():.3g} to {100*d.max():.3g} %'
+    return f"Masks of {len(d)} {owners}, {share} of {self.size():,} values each"
 
 # %% ../nbs/2_merging/65_masks.ipynb #b90975d7
 @patch
 def overlap(self:Masks)->pd.DataFrame: # Names × names, in [0, 1]; NaN between two that have nothing
     "Of what two owners have, the fraction that both have"
-    both = sum(np.stack([np.bitwise_count(p&o).sum(1, dtype=np.int64) for o in p]) for p in _pieces(self))
+    count = lambda p: np.stack([np.bitwise_count(p&o).sum(1, dtype=np.int64) for o in p])
+    both = sum(map(count, _pieces(self)))
     either = np.add.outer(np.diag(both), np.diag(both))-both
-    return pd.DataFrame(np.divide(both, either, out=np.full(both.shape, np.nan), where=either>0), self.names, self.names)
+    share = np.divide(both, either, out=np.full(both.shape, np.nan), where=either>0)
+    return pd.DataFrame(share, self.names, self.names)
 
+# %% ../nbs/2_merging/65_masks.ipynb #9ebb200b
 @patch
 def storage(self:Masks,
     itemsize:int=4, # Bytes of a stored value
 )->pd.Series: # Bytes of 'values' and 'bits', of both, of 'whole' models, and the 'fraction'
     "What must be stored to keep the values that have an owner"
     values = round(self.density().sum()*self.size())*itemsize
-    bits,whole = len(set(self.at.values()))*sum(map(_bytes, self.shapes.values())),len(self.at)*self.size()*itemsize
-    return pd.Series(dict(values=values, bits=bits, bytes=values+bits, whole=whole, fraction=(values+bits)/whole))
+    each = sum(_bytes(math.prod(s)) for s in self.shapes.values())
+    bits = len(set(self.at.values()))*each
+    whole = len(self.at)*self.size()*itemsize
+    both = values+bits
+    return pd.Series(dict(values=values, bits=bits, bytes=both, whole=whole, fraction=both/whole))
 
 # %% ../nbs/2_merging/65_masks.ipynb #bb57fb9c
 @patch
@@ -128,6 +161,7 @@ def digest(self:Masks)->str: # 64 hexadecimal digits
     for k in sorted(self.bits): h.update(k.encode()+bytes(self.bits[k][:]))
     return h.hexdigest()
 
+# %% ../nbs/2_merging/65_masks.ipynb #4a93d80e
 @patch
 def save(self:Masks,
     folder, # Folder to write
@@ -137,10 +171,33 @@ def save(self:Masks,
     with atomic_dir(folder) as d:
         save_file({k:np.asarray(v[:]) for k,v in self.bits.items()}, d/'masks.safetensors')
         log = None if self.log is None else self.log.to_dict('list')
-        state = dict(format=1, at=self.at, shapes=self.shapes, made=self.made, log=log, bits=file_digest(d/'masks.safetensors'))
-        with atomic_write(d/'masks.json') as f: json.dump(state|dict(digest=config_hash(state, 64)), f, indent=1, ensure_ascii=False)
+        state = dict(format=1, at=self.at, shapes=self.shapes, made=self.made, log=log,
+            bits=file_digest(d/'masks.safetensors'))
+        state['digest'] = config_hash(state, 64)
+        with atomic_write(d/'masks.json') as f: json.dump(state, f, indent=1, ensure_ascii=False)
     return Path(folder)
 
+# %% ../nbs/2_merging/65_masks.ipynb #9c2792f2
+def _state(folder):
+    "What `masks.json` says, after both files were checked"
+    if lack := [o for o in ('masks.json','masks.safetensors') if not (folder/o).is_file()]:
+        raise MissingDataError(f"no {lack[0]} in {folder}; masks are two files, copy the whole folder")
+    try: state = json.loads((folder/'masks.json').read_text(encoding='utf-8'))
+    except ValueError as e:
+        raise CheckpointError(f"{folder/'masks.json'} is damaged ({e}); copy it again") from e
+    changed = None
+    if state.get('bits')!=file_digest(folder/'masks.safetensors'): changed = 'masks.safetensors'
+    if state.pop('digest', None)!=config_hash(state, 64): changed = 'masks.json'
+    if changed: raise CheckpointError(f"{folder/changed} was changed after it was saved; copy it again")
+    return state
+
+# %% ../nbs/2_merging/65_masks.ipynb #aaff2e8d
+def _slice(f, key):
+    "Bits in an open file; a slice of nothing cannot be read, so it is an array"
+    s = f.get_slice(key)
+    return s if s.get_shape()[0] else np.zeros(0, np.uint8)
+
+# %% ../nbs/2_merging/65_masks.ipynb #56adf4d6
 @patch(cls_method=True)
 def load(cls:Masks,
     folder, # Folder written by `save`
@@ -148,17 +205,11 @@ def load(cls:Masks,
     "The masks in `folder`"
     from safetensors import safe_open
     folder = Path(folder)
-    if lack := [o for o in ('masks.json','masks.safetensors') if not (folder/o).is_file()]:
-        raise MissingDataError(f"no {lack[0]} in {folder}; masks are two files, copy the whole folder")
-    try: state = json.loads((folder/'masks.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise CheckpointError(f"{folder/'masks.json'} is damaged ({e}); copy it again") from e
-    known = state.pop('digest', None)==config_hash(state, 64),state.get('bits')==file_digest(folder/'masks.safetensors')
-    if not all(known): raise CheckpointError(f"{folder/('masks.safetensors' if known[0] else 'masks.json')} was changed after it "
-        "was saved; copy it again")
+    state = _state(folder)
     f = safe_open(folder/'masks.safetensors', framework='np')
     log = None if state['log'] is None else pd.DataFrame(state['log'])
-    bits = {k:s if s.get_shape()[0] else np.zeros(0, np.uint8) for k in f.keys() for s in [f.get_slice(k)]}
-    return cls(bits, state['at'], state['shapes'], state['made'], log)
+    bits = {k:_slice(f, k) for k in f.keys()}
+    return cls(bits, state['at'], state['shapes'], made=state['made'], log=log)
 
 # %% ../nbs/2_merging/65_masks.ipynb #9da670d2
 def as_groups(
@@ -166,25 +217,36 @@ def as_groups(
     names, # Names, each of which must be in one cluster
 )->list: # Lists of names
     "Clusters as lists"
-    groups = {}
-    for n,c in clusters.items() if hasattr(clusters, 'items') else []: groups.setdefault(c, []).append(n)
-    groups = list(groups.values()) or [list(o) for o in clusters]
+    if hasattr(clusters, 'items'):
+        by_cluster = {}
+        for n,c in clusters.items(): by_cluster.setdefault(c, []).append(n)
+        groups = list(by_cluster.values())
+    else: groups = [list(o) for o in clusters]
     if sorted(n for g in groups for n in g)==sorted(names) and all(groups): return groups
     raise ValueError(f"each of {', '.join(names)} is in one cluster, and none is empty; got {groups}")
 
+# %% ../nbs/2_merging/65_masks.ipynb #6505952c
+def _combined_rows(masks, key, names, f):
+    "Packed bits that `f` makes of the masks of `names` in one tensor"
+    n = math.prod(masks.shapes[key])
+    size = 8*_piece
+    made = [f(masks.read(key, a, min(size, n-a), names)) for a in range(0, max(n, 1), size)]
+    return np.concatenate([np.packbits(m, axis=1) for m in made], 1)
+
+# %% ../nbs/2_merging/65_masks.ipynb #4a1ce23f
 def _combined(masks, clusters, f, kind):
     "Masks made from those of each cluster by `f`, (n, m) -> (n, m), or (1, m) for one mask"
-    bits,at = {},{}
+    bits = {}
+    at = {}
     for names in as_groups(clusters, masks.names):
         first = 1+max(at.values(), default=-1)
-        for k,s in masks.shapes.items():
-            n = math.prod(s)
-            parts = [np.packbits(f(masks.read(k, a, min(8*_piece, n-a), names)), axis=1) for a in range(0, max(n, 1), 8*_piece)]
-            rows = np.concatenate(parts, 1)
-            bits |= {f'{first+i}/{k}':row for i,row in enumerate(rows)}
-        at |= {n:first+min(i, len(rows)-1) for i,n in enumerate(names)}
-    return Masks(bits, {n:at[n] for n in masks.at}, masks.shapes, masks.made|dict(clusters=kind))
+        for k in masks.shapes:
+            rows = _combined_rows(masks, k, names, f)
+            for i,row in enumerate(rows): bits[f'{first+i}/{k}'] = row
+        for i,n in enumerate(names): at[n] = first+min(i, len(rows)-1)
+    return Masks(bits, {n:at[n] for n in masks.at}, masks.shapes, made=masks.made|dict(clusters=kind))
 
+# %% ../nbs/2_merging/65_masks.ipynb #4bc16949
 def shared_masks(
     masks:Masks, # Masks of all members
     clusters, # Owner -> its cluster, dictionary or Series; or lists of owners
@@ -192,6 +254,7 @@ def shared_masks(
     "What at least half of the members of each cluster have"
     return _combined(masks, clusters, lambda m: 2*m.sum(0, keepdims=True)>=len(m), 'shared')
 
+# %% ../nbs/2_merging/65_masks.ipynb #110e1c47
 def single_masks(
     masks:Masks, # Masks of all members
     clusters, # Owner -> its cluster, dictionary or Series; or lists of owners

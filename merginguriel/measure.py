@@ -27,8 +27,8 @@ from .toy import *
 from .checkpoint import *
 from .base_model import *
 from .merge import *
+from .information import *
 from .statistics import *
-from .statistics import _layers,_linears
 from .data import *
 from .train import *
 from .evaluate import *
@@ -108,11 +108,13 @@ def measure_plus(
     if not out.is_dir():
         m,tok = load_classifier(sources[w.idxmax()])
         batches = {k:measuring_batches(texts[k], tok, n, text_limit(m), device=device) for k in w.index}
-        spec = {k:(torch.float32,(l.in_features,)*2) for p in _layers(m) for k,l in _linears(m, f'{p}.').items()}
+        linears = {k:l for p in numbered_layers(m) for k,l in linear_layers(m, f'{p}.').items()}
+        spec = {k:(torch.float32,(l.in_features,)*2) for k,l in linears.items()}
         with atomic_dir(out) as d, ExitStack() as stack:
             files = {k:stack.enter_context(CheckpointWriter(d/f'{k}.safetensors', spec)) for k in w.index}
             used = {k:sources[k] for k in w.index}
-            for name,grams in regmean_plus_grams(m.to(device), base, used, batches, w, alpha, ridge):
+            found = regmean_plus_grams(m.to(device), base, used, batches, weights=w, alpha=alpha, ridge=ridge)
+            for name,grams in found:
                 for k,g in grams.items(): files[name].write(k, g)
     return {k:out/f'{k}.safetensors' for k in w.index}
 
@@ -166,7 +168,7 @@ def merge_measured(
         if method=='regmean_plus':
             files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'], device=device, **how)
         else: files = {k:measure_statistics(sources[k], texts[k], cache, method, seed=seed, device=device, **how) for k in w.index[w!=0]}
-        report = merge(base, sources, d, name, w, head, **hp|{arg:{k:str(f) for k,f in files.items()}})
+        report = merge(base, sources, d, name, w, head=head, **hp|{arg:{k:str(f) for k,f in files.items()}})
         said = dict(method=method, options=how, statistics={k:open_checkpoint(f).digest() for k,f in files.items()})
         (d/'measurement.json').write_text(json.dumps(said, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     return replace(report, path=Path(out))

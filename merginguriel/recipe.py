@@ -284,7 +284,8 @@ def run_recipe(
     r,base,sources = _opened(recipe, labels)
     check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
-        m = merge(base, sources, d, r.method, r.weights, head, seed, allow_mixed_heads, allow_generic, **r.hp)
+        m = merge(base, sources, d, r.method, r.weights, head=head, seed=seed, allow_mixed_heads=allow_mixed_heads,
+            allow_generic=allow_generic, **r.hp)
         record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), out.name)
     return changed(m, path=out, record=record)
 
@@ -297,7 +298,7 @@ def recipe_cost(
 )->MergeCost:
     "What `run_recipe` will cost"
     r,base,sources = _opened(recipe, labels)
-    cost = merge_cost(base, sources, r.method, r.weights, head, seed, **r.hp)
+    cost = merge_cost(base, sources, r.method, r.weights, head=head, seed=seed, **r.hp)
     models = [open_checkpoint(o) for o in sources.values()]
     kinds = {m.dtype(k) for m in models for k in m if m.dtype(k).is_floating_point}
     if not r.dtype or kinds=={getattr(torch, r.dtype)}: return cost

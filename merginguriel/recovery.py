@@ -9,12 +9,13 @@ __all__ = ['roles', 'energy_left', 'least_squares', 'Models', 'open_models', 'Fi
            'head_gram']
 
 # %% ../nbs/2_merging/10_recovery.ipynb #296071cf
-"""A linear merge is `base + Σ λ_i·τ_i`, and the λ can be read back from the merged file: they are the least squares solution of
-`merged − base` on the task vectors, and that needs only inner products. `recover` gathers these, tensor by tensor, in one pass
-over the merged model, the base and the sources. It says which λ each block and the whole body hold, what no λ explains, and how
-much of that is the rounding of the file. `merginguriel.audit` puts words to it."""
+"""A linear merge is `base + Σ λ_i·τ_i`, and the λ can be read back from the merged file: they are the least
+squares solution of `merged − base` on the task vectors, and that needs only inner products. `recover`
+gathers these, tensor by tensor, in one pass over the merged model, the base and the sources. It says which
+λ each block and the whole body hold, what no λ explains, and how much of that is the rounding of the file.
+`merginguriel.audit` puts words to it."""
 
-# %% ../nbs/2_merging/10_recovery.ipynb #814fda6e
+# %% ../nbs/2_merging/10_recovery.ipynb #1cf6bfd9
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -22,60 +23,89 @@ from functools import cached_property
 from pathlib import Path
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .core import *
 from .checkpoint import *
 from .base_model import *
 from .base_model import _modern
+
+# %% ../nbs/2_merging/10_recovery.ipynb #814fda6e
 from .task_vector import *
 from .task_vector import _in_order,_pick,_stacked
 
 # %% ../nbs/2_merging/10_recovery.ipynb #0a1c416e
 def energy_left(
     gram:np.ndarray, # Inner products of vectors, (m, m)
-    x, # Coefficients of the first vectors; NaN counts as 0
+    x, # Coefficients of the first vectors, or of `cols`; NaN counts as 0
     to:int, # Number of the vector that they should give
     cols=None, # Numbers of the vectors that `x` belongs to; None: the first
 )->float:
     "Squared length of vector `to` minus the combination `x`"
-    cols,x = list(range(len(x)) if cols is None else cols),np.nan_to_num(x)
-    return max(float(gram[to,to]-2*x@gram[cols,to]+x@gram[np.ix_(cols,cols)]@x), 0.)
+    x = np.nan_to_num(x)
+    cols = list(range(len(x))) if cols is None else list(cols)
+    left = gram[to,to]-2*x@gram[cols,to]+x@gram[np.ix_(cols,cols)]@x
+    return max(float(left), 0.)
 
+# %% ../nbs/2_merging/10_recovery.ipynb #95e066e6
+def _who(live, direction):
+    "Which of `live` take part in a direction that cannot be seen"
+    size = abs(direction)
+    return sorted(int(j) for j,w in zip(live, size) if w>.1*size.max())
+
+# %% ../nbs/2_merging/10_recovery.ipynb #4ff46fe4
 def least_squares(
     gram:np.ndarray, # Inner products of vectors, (m, m)
     to:int, # Number of the vector to explain
     cols, # Numbers of the vectors to explain it by
+    *,
     cut:float=1e-9, # Least squared length of a direction, of vectors scaled to length 1, that counts as one
     tiny:float=0., # Length that counts as none
 )->tuple: # Coefficients, NaN for a vector of no length; groups of places in `cols` that cannot be told apart
     "The combination of vectors `cols` that is nearest to vector `to`"
     cols = np.asarray(cols)
-    d,x,twins = np.sqrt(np.diag(gram)[cols].clip(0)),np.full(len(cols), np.nan),[]
+    x = np.full(len(cols), np.nan)
+    d = np.sqrt(np.diag(gram)[cols].clip(0))
     live = np.flatnonzero(d>tiny)
-    if not len(live): return x,twins
-    at,d = cols[live],d[live]
+    if not len(live): return x,[]
+    at = cols[live]
+    d = d[live]
     mu,v = np.linalg.eigh(gram[np.ix_(at,at)]/np.outer(d, d))
     seen = mu>cut
     x[live] = v[:,seen]@(v[:,seen].T@(gram[at,to]/d)/mu[seen])/d
-    for o in (v[:,~seen]/d[:,None]).T: twins.append(sorted(int(j) for j,w in zip(live, o) if abs(w)>.1*abs(o).max()))
-    return x,twins
+    return x,[_who(live, o) for o in (v[:,~seen]/d[:,None]).T]
 
-# %% ../nbs/2_merging/10_recovery.ipynb #22fd082f
+# %% ../nbs/2_merging/10_recovery.ipynb #ae28beb5
 roles = ('the merged model','the base') # How the two are called beside the sources
 
-def _prefix(keys): return (Counter(k.split('.')[0] for k in keys).most_common(1) or [('',0)])[0][0]+'.'
+def _prefix(keys):
+    "The commonest first word of names, with its dot"
+    common = Counter(k.split('.')[0] for k in keys).most_common(1)
+    return (common[0][0] if common else '')+'.'
 
-def _named(ckpt, shapes):
-    "`ckpt` under the names in `shapes`, with or without a prefix; those that it lacks; those of another shape or kind"
-    have,pre,own = {_modern(k):k for k in ckpt},_prefix(shapes),_prefix(ckpt)
-    places = lambda k: (own+k.removeprefix(pre), own+k, k.removeprefix(pre), k)
-    found = {k:have[o] for k in shapes for o in places(k) if o in have}
+# %% ../nbs/2_merging/10_recovery.ipynb #2ae01d2a
+def _found(ckpt, shapes):
+    "Name in `shapes` -> name in `ckpt`, with or without a prefix"
+    have = {_modern(k):k for k in ckpt}
+    pre = _prefix(shapes)
+    own = _prefix(ckpt)
+    found = {}
+    for k in shapes:
+        short = k.removeprefix(pre)
+        for o in (own+short, own+k, short, k): # The last one that is there counts
+            if o in have: found[k] = have[o]
     try: found |= match_encoder(ckpt, shapes)
     except IncompatibleError: pass # What does not fit is listed
+    return found
+
+# %% ../nbs/2_merging/10_recovery.ipynb #22fd082f
+def _named(ckpt, shapes):
+    "`ckpt` under the names in `shapes`; those that it lacks; those of another shape or kind"
+    found = _found(ckpt, shapes)
     other = [k for k,o in found.items() if ckpt.shape(o)!=shapes[k] or not ckpt.dtype(o).is_floating_point]
     fit = {k:ckpt._entry(o) for k,o in found.items() if k not in other}
     return Checkpoint(ckpt.path, fit),[k for k in shapes if k not in found],other
 
-# %% ../nbs/2_merging/10_recovery.ipynb #3472bca7
+# %% ../nbs/2_merging/10_recovery.ipynb #5b5c6493
 @dataclass
 class Models:
     "A merged model, its base and its sources under one set of names"
@@ -93,6 +123,21 @@ class Models:
         "The source whose names all get"
         return min(self.names)
 
+# %% ../nbs/2_merging/10_recovery.ipynb #a6bd5ab9
+def _check_sources(sources):
+    if not isinstance(sources, dict) or not sources:
+        raise ValueError(f"sources is a dictionary name -> model with at least one; got {str(sources)[:80]}")
+    bad = [k for k in sources if not isinstance(k, str) or k in roles]
+    if bad: raise ValueError(f"sources are named by strings, e.g. 'sq-AL'; got {bad[0]!r}")
+
+def _drawn(base, lack):
+    "Names of the tensors of `base` that are not pretrained: poolers that it lacks, and what its record says"
+    drawn = {k for k in lack if '.pooler.' in f'.{k}'}
+    folder = model_folder(base)
+    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])
+    return drawn
+
+# %% ../nbs/2_merging/10_recovery.ipynb #3472bca7
 def open_models(
     merged, # Merged model: folder, file, or dictionary of tensors
     base, # Pretrained base: folder, file, hub name, or dictionary of tensors
@@ -100,46 +145,58 @@ def open_models(
     exclude=None, # Pattern searched in tensor names, or a list of names, to leave out
 )->Models:
     "Open a merge for comparison; no values are read"
-    if not isinstance(sources, dict) or not sources:
-        raise ValueError(f"sources is a dictionary name -> model with at least one; got {str(sources)[:80]}")
-    if bad := [k for k in sources if not isinstance(k, str) or k in roles]:
-        raise ValueError(f"sources are named by strings, e.g. 'sq-AL'; got {bad[0]!r}")
+    _check_sources(sources)
     if isinstance(base, str) and not Path(base).exists(): base = resolve_model(base)
     files = {**sources, **dict(zip(roles, (merged,base)))}
     opened = {k:open_checkpoint(v) for k,v in files.items()}
     ref = opened[min(sources)]
     floats = [k for k in ref if ref.dtype(k).is_floating_point and math.prod(ref.shape(k))]
     shapes = {k:ref.shape(k) for k in _pick(floats, exclude)}
-    views,lack,other = (dict(zip(files, o)) for o in zip(*(_named(v, shapes) for v in opened.values())))
-    drawn,folder = {k for k in lack['the base'] if '.pooler.' in f'.{k}'},model_folder(base)
-    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])
-    heads = [k for k in shapes if k in drawn|set(head_keys(floats))]
+    named = {k:_named(v, shapes) for k,v in opened.items()}
+    views,lack,other = ({k:o[i] for k,o in named.items()} for i in range(3))
+    drawn = _drawn(base, lack['the base'])|set(head_keys(floats))
+    heads = [k for k in shapes if k in drawn]
     body = [k for k in shapes if k not in heads and all(k in o for o in views.values())]
-    if not body: raise IncompatibleError(f"{', '.join(files)} have no encoder tensor of the same name and shape in common, so nothing "
-        "can be compared; take models of one class and size")
-    return Models(list(sources), files, opened, views, shapes, body, heads, lack, other)
+    if not body:
+        raise IncompatibleError(f"{', '.join(files)} have no encoder tensor of the same name and shape in "
+            "common, so nothing can be compared; take models of one class and size")
+    return Models(list(sources), files=files, opened=opened, views=views, shapes=shapes, body=body,
+        heads=heads, lack=lack, other=other)
+
+# %% ../nbs/2_merging/10_recovery.ipynb #c4be567e
+_source_counts = ('both','agree','equal')
+_merge_counts = ('changed','kept','outside','peak','excess','noise')
+
+def _rounding(whole, eps):
+    "The energy that rounding adds, from the values in the file and the precision of their type"
+    if eps<=1e-4: return whole.square().sum()*.0451*eps**2 # The mean of it over the first digits of numbers
+    last = torch.exp2(2.*(torch.frexp(whole).exponent-1)) # Squared powers of two
+    return last.mul_(whole!=0).sum()*eps**2/12
 
 # %% ../nbs/2_merging/10_recovery.ipynb #03c106ea
-_sources,_merge = ('both','agree','equal'),('changed','kept','outside','peak','excess','noise')
-
 def _count(x, eps):
     "The counts of one piece, (3n+6,)"
-    t,m,whole = x[:-2],x[-2],x[-2]+x[-1]
+    t = x[:-2]
+    m = x[-2]
     s = x[:-1].sign()
     on = s.abs()
-    some,kept,most = on[:-1].amax(0),on[-1],t.abs().amax(0)
+    some = on[:-1].amax(0)
+    kept = on[-1]
+    most = t.abs().amax(0)
     both = on[:-1]@kept
+    agree = (both+s[:-1]@s[-1])/2
     equal = on[:-1].sum(1)+kept.sum()-both-(t-m).sign_().abs_().sum(1)
-    if eps>1e-4: noise = torch.exp2(2.*(torch.frexp(whole).exponent-1)).mul_(whole!=0).sum()*eps**2/12
-    else: noise = whole.square().sum()*.0451*eps**2 # The mean of it over the first digits of numbers
     rest = [some.sum(), (some*kept).sum(), ((1-some)*m).square().sum(), (most*kept).square().sum(),
-        (m.abs()-most).clamp_(0).square().sum(), noise]
-    return torch.cat([both, (both+s[:-1]@s[-1])/2, equal, torch.stack(rest)]).double()
+        (m.abs()-most).clamp_(0).square().sum(), _rounding(m+x[-1], eps)]
+    return torch.cat([both, agree, equal, torch.stack(rest)]).double()
 
+# %% ../nbs/2_merging/10_recovery.ipynb #3eba0031
 def _measure(m):
     "Inner products (tensors, n+2, n+2) and counts (tensors, 3n+6) of the body of `Models`"
-    n,models = len(m.names),{k:m.views[k] for k in (*m.names, *roles)}
-    gram,counts = np.zeros((len(m.body), n+2, n+2)),np.zeros((len(m.body), 3*n+len(_merge)))
+    n = len(m.names)
+    models = {k:m.views[k] for k in (*m.names, *roles)}
+    gram = np.zeros((len(m.body), n+2, n+2))
+    counts = np.zeros((len(m.body), 3*n+len(_merge_counts)))
     for i,k in enumerate(m.body):
         eps = torch.finfo(models['the merged model'].dtype(k)).eps
         for rows in row_blocks(m.shapes[k], 1<<19):
@@ -160,8 +217,10 @@ class Fit:
     tiny:float = 0. # Length of a task vector that counts as none
     def __post_init__(self):
         self.n = len(self.gram)-2
-        cut = max(1e-9, 400*self.noise/self.size/self.energy if self.energy else 0) # Else coefficients are uncertain by over .05
-        self.coef,self.twins = least_squares(self.gram, self.n, range(self.n), cut, self.tiny)
+        cut = 1e-9
+        if self.energy: # Else coefficients are uncertain by over .05
+            cut = max(cut, 400*self.noise/self.size/self.energy)
+        self.coef,self.twins = least_squares(self.gram, self.n, range(self.n), cut=cut, tiny=self.tiny)
         self.left = self.leaves(self.coef)
     @property
     def energy(self)->float:
@@ -171,32 +230,52 @@ class Fit:
     def lengths(self)->np.ndarray:
         "Lengths of the task vectors of the sources"
         return np.sqrt(np.diag(self.gram)[:self.n].clip(0))
-    @property
-    def condition(self)->float|None:
-        "How many times as clear the clearest direction of the sources is as the least clear; None with fewer than two directions"
-        live = np.flatnonzero(self.lengths)
-        if len(live)<2 or self.twins: return None
-        return float(np.linalg.cond(self.gram[np.ix_(live,live)]/np.outer(self.lengths[live], self.lengths[live])))
-    @property
-    def exact(self)->bool:
-        "All is explained, up to rounding"
-        return self.left<=max(4*self.noise, 1e-6*self.energy)
-    @property
-    def linear(self)->bool:
-        "All but a hundredth is explained"
-        return self.left<=max(4*self.noise, 1e-2*self.energy)
-    def leaves(self,
-        x, # One coefficient for each source
-    )->float:
-        "Energy that the combination `x` leaves over"
-        return energy_left(self.gram, x, self.n)
-    def as_good(self,
-        x, # One coefficient for each source
-    )->bool:
-        "Whether `x` explains as much as the best coefficients"
-        return self.leaves(x)<=1.5*self.left+1e-5*self.energy
 
-# %% ../nbs/2_merging/10_recovery.ipynb #eaf0ce86
+# %% ../nbs/2_merging/10_recovery.ipynb #81557683
+@patch
+def leaves(self:Fit,
+    x, # One coefficient for each source
+)->float:
+    "Energy that the combination `x` leaves over"
+    return energy_left(self.gram, x, self.n)
+
+@patch
+def as_good(self:Fit,
+    x, # One coefficient for each source
+)->bool:
+    "Whether `x` explains as much as the best coefficients"
+    return self.leaves(x)<=1.5*self.left+1e-5*self.energy
+
+# %% ../nbs/2_merging/10_recovery.ipynb #f265ba9c
+@patch
+def negligible(self:Fit,
+    left:float, # Energy that is left over
+    part:float=1e-6, # Part of the energy of the merge that counts as nothing
+)->bool:
+    "Whether `left` is no more than rounding, or than `part` of the whole"
+    return left<=max(4*self.noise, part*self.energy)
+
+# %% ../nbs/2_merging/10_recovery.ipynb #ca7f8ad6
+@patch(as_prop=True)
+def exact(self:Fit)->bool:
+    "All is explained, up to rounding"
+    return self.negligible(self.left)
+
+@patch(as_prop=True)
+def linear(self:Fit)->bool:
+    "All but a hundredth is explained"
+    return self.negligible(self.left, 1e-2)
+
+# %% ../nbs/2_merging/10_recovery.ipynb #99b9fcdb
+@patch(as_prop=True)
+def condition(self:Fit)->float|None:
+    "How many times as clear the clearest direction of the sources is as the least clear; None: only one"
+    live = np.flatnonzero(self.lengths)
+    if len(live)<2 or self.twins: return None
+    d = self.lengths[live]
+    return float(np.linalg.cond(self.gram[np.ix_(live,live)]/np.outer(d, d)))
+
+# %% ../nbs/2_merging/10_recovery.ipynb #f54f0e32
 @dataclass
 class Recovered:
     "What `recover` found"
@@ -204,31 +283,59 @@ class Recovered:
     whole:Fit # Of all tensors together
     blocks:dict # 'embeddings', 'layer.0', … -> `Fit`
     tensors:dict # Name -> `Fit`
-    counts:dict # 'both', 'agree', 'equal': one number for each source; 'changed', 'kept', 'outside', 'peak', 'excess', 'noise'
-    @cached_property
-    def level(self)->str|None:
-        "Where one coefficient for each source explains the merge: 'body', in each 'block', in each 'tensor'; 'models'; or None"
-        w,lefts = self.whole,self._lefts()
-        for k,v in lefts.items():
-            if v<=max(4*w.noise, 1e-6*w.energy): return k
-        cols = [*range(w.n),w.n+1] # With the base beside the task vectors
-        rest = sum(energy_left(o.gram, least_squares(o.gram, w.n, cols)[0], w.n, cols) for o in self.tensors.values())
-        if rest<=max(4*w.noise, 1e-6*w.energy): return 'models'
-        return next((k for k,v in lefts.items() if v<=max(4*w.noise, 1e-2*w.energy)), None)
-    def _lefts(self): return dict(body=self.whole.left, block=sum(o.left for o in self.blocks.values()), tensor=self.left)
-    @property
-    def left(self)->float:
-        "Energy that no coefficients explain, not even others in each tensor"
-        return sum(o.left for o in self.tensors.values())
-    @property
-    def exact(self)->bool:
-        "At its `level` all is explained, up to rounding"
-        return self._lefts().get(self.level, math.inf)<=max(4*self.whole.noise, 1e-6*self.whole.energy)
+    counts:dict # By source 'both', 'agree' and 'equal', and the counts and energies of the merge (see above)
     @property
     def rows(self)->dict:
         "The blocks, and then 'body'"
         return {**self.blocks, 'body':self.whole}
+    @property
+    def left(self)->float:
+        "Energy that no coefficients explain, not even others in each tensor"
+        return sum(o.left for o in self.tensors.values())
+    @cached_property
+    def level(self)->str|None:
+        "Where the sources explain the merge: 'body', in each 'block' or 'tensor', as whole 'models'; or None"
+        return _level(self)
+    @property
+    def exact(self)->bool:
+        "At its `level` all is explained, up to rounding"
+        left = _lefts(self).get(self.level, math.inf)
+        return self.whole.negligible(left)
 
+# %% ../nbs/2_merging/10_recovery.ipynb #65f9a8ac
+def _lefts(r):
+    "What is left over with one coefficient for each source in the body, in each block, in each tensor"
+    blocks = sum(o.left for o in r.blocks.values())
+    return dict(body=r.whole.left, block=blocks, tensor=r.left)
+
+def _left_beside_base(f):
+    "What is left over of a `Fit` where the base may have a coefficient of its own"
+    cols = [*range(f.n),f.n+1]
+    x,_ = least_squares(f.gram, f.n, cols)
+    return energy_left(f.gram, x, f.n, cols)
+
+# %% ../nbs/2_merging/10_recovery.ipynb #2029861d
+def _level(r):
+    lefts = _lefts(r)
+    for k,left in lefts.items():
+        if r.whole.negligible(left): return k
+    if r.whole.negligible(sum(_left_beside_base(o) for o in r.tensors.values())): return 'models'
+    return next((k for k,left in lefts.items() if r.whole.negligible(left, 1e-2)), None)
+
+# %% ../nbs/2_merging/10_recovery.ipynb #969f3a5b
+def _fit(m, gram, counts, at, tiny=0.):
+    "The `Fit` of the tensors with numbers `at`"
+    size = sum(math.prod(m.shapes[m.body[i]]) for i in at)
+    return Fit(gram[at].sum(0), float(counts[at,-1].sum()), size, tiny)
+
+def _by_name(m, counts):
+    "Names of the counts of the whole body -> numbers"
+    n = len(m.names)
+    total = counts.sum(0)
+    each = dict(zip(_source_counts, total[:3*n].reshape(3, n)))
+    return each|dict(zip(_merge_counts, total[3*n:].tolist()))
+
+# %% ../nbs/2_merging/10_recovery.ipynb #eaf0ce86
 def recover(
     merged, # Merged model: folder, file, or dictionary of tensors
     base, # Pretrained base: folder, file, hub name, or dictionary of tensors
@@ -238,42 +345,60 @@ def recover(
     "How much of each task vector a merged model holds, from one pass over the files"
     m = open_models(merged, base, sources, exclude)
     gram,counts = _measure(m)
-    n,tiny = len(m.names),1e-7*math.sqrt(gram[:,-1,-1].sum())
-    size = np.array([math.prod(m.shapes[k]) for k in m.body])
-    fit = lambda i,tiny=0.: Fit(gram[i].sum(0), float(counts[i,-1].sum()), int(size[i].sum()), tiny)
+    tiny = 1e-7*math.sqrt(gram[:,-1,-1].sum())
+    whole = _fit(m, gram, counts, list(range(len(m.body))), tiny)
     where = [tensor_block(k) for k in m.body]
-    blocks = {b:fit([i for i,o in enumerate(where) if o==b]) for b in _in_order(set(where))}
-    total = counts.sum(0)
-    by = dict(zip(_sources, total[:3*n].reshape(3, n)))|dict(zip(_merge, total[3*n:].tolist()))
-    return Recovered(m, fit(list(range(len(size))), tiny), blocks, {k:fit([i]) for i,k in enumerate(m.body)}, by)
+    places = {b:[i for i,o in enumerate(where) if o==b] for b in _in_order(set(where))}
+    blocks = {b:_fit(m, gram, counts, at) for b,at in places.items()}
+    tensors = {k:_fit(m, gram, counts, [i]) for i,k in enumerate(m.body)}
+    return Recovered(m, whole=whole, blocks=blocks, tensors=tensors, counts=_by_name(m, counts))
 
-# %% ../nbs/2_merging/10_recovery.ipynb #9b629c3a
+# %% ../nbs/2_merging/10_recovery.ipynb #b2aa952e
+def _known_labels(m):
+    "Name -> labels, of the models that are folders and say theirs; the base's do not count"
+    folders = {k:model_folder(v) for k,v in m.files.items() if k!='the base'}
+    return {k:model_labels(f) for k,f in folders.items() if f}
+
+# %% ../nbs/2_merging/10_recovery.ipynb #263b26c8
 def label_orders(
     m:Models, # From `open_models`
-)->tuple: # Source -> which of its rows stands at each label of the merged model; source -> why its labels are not those
+)->tuple: # Source -> its row for each label of the merged model; source -> how its labels differ
     "How the labels of each source are numbered in the merged model"
-    order,unlike = {},{}
-    labels = {k:model_labels(f) for k,v in m.files.items() if k!='the base' and (f := model_folder(v))}
+    order = {}
+    unlike = {}
+    labels = _known_labels(m)
     ref = labels.pop('the merged model', None)
-    for k,o in labels.items() if ref else []:
+    if not ref: return order,unlike
+    for k,o in labels.items():
         if generic_labels(ref) and not generic_labels(o): unlike[k] = "they are placeholders (LABEL_0, …)"
         try: order[k] = label_permutation(o, ref, allow_generic=True)
         except IncompatibleError as e: unlike[k] = str(e).split('; models')[0]
     return order,unlike
 
+# %% ../nbs/2_merging/10_recovery.ipynb #44a5afe6
+def _last_layer(m):
+    "The tensors of the head whose rows follow the labels"
+    try: return output_keys(m.heads)
+    except IncompatibleError: return []
+
+# %% ../nbs/2_merging/10_recovery.ipynb #9b629c3a
 def head_gram(
     m:Models, # From `open_models`; all sources and the merged model have the head
     order:dict, # From `label_orders`
-)->tuple: # (n+1, n+1), or (n+2, n+2) where the base has a head too; (n, n) of matrices alone; number of values
+)->tuple: # (n+1, n+1), or (n+2, n+2) if the base has a head; (n, n) of matrices alone; number of values
     "Inner products of the heads of the sources, the merged model and the base"
     names = [k for k in m.views if k!='the base' or all(o in m.views[k] for o in m.heads)]
-    g,turn,size = *np.zeros((2, len(names), len(names))),0
-    try: last = output_keys(m.heads)
-    except IncompatibleError: last = []
+    g = np.zeros((len(names), len(names)))
+    matrices = g.copy()
+    size = 0
+    last = _last_layer(m)
     for k in m.heads:
         rows = [m.views[o].read(k).double() for o in names]
         if k in last: rows = [t[order[o]] if o in order else t for o,t in zip(names, rows)]
         p = products(torch.stack([t.flatten() for t in rows])).numpy()
         if not np.isfinite(p).all(): check_values({o:m.views[o] for o in names}, k)
-        g,turn,size = g+p,turn+p*(len(m.shapes[k])>1),size+rows[0].numel()
-    return g,turn[:len(m.names),:len(m.names)],size
+        g = g+p
+        if len(m.shapes[k])>1: matrices = matrices+p
+        size += rows[0].numel()
+    n = len(m.names)
+    return g,matrices[:n,:n],size

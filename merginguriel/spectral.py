@@ -8,12 +8,12 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/spectral.html.md"""
 __all__ = ['as_matrices', 'triples', 'polar', 'tsv_m', 'iso_c', 'iso_cts', 'interference', 'wudi', 'actmat', 'ace']
 
 # %% ../nbs/2_merging/45_spectral.ipynb #e23ed9eb
-"""A weight matrix is a linear map, and what fine-tuning did to it has directions and strengths: its singular
-vectors and values. `tsv_m` keeps the strongest directions of each task vector and turns them apart where they
-overlap; `iso_c` and `iso_cts` make all directions of the sum equally strong. `wudi`, `actmat` and `ace` ask for
-the matrix that agrees with every source on that source's inputs, and take the inputs' covariance from the task
-vector itself, so no data is needed. All work on one tensor at a time. Biases, LayerNorm and embeddings are no
-linear maps and get the weighted mean."""
+"""A weight matrix is a linear map, and what fine-tuning did to it has directions and strengths: its
+singular vectors and values. `tsv_m` keeps the strongest directions of each task vector and turns them apart
+where they overlap; `iso_c` and `iso_cts` make all directions of the sum equally strong. `wudi`, `actmat`
+and `ace` ask for the matrix that agrees with every source on that source's inputs, and take the inputs'
+covariance from the task vector itself, so no data is needed. All work on one tensor at a time. Biases,
+LayerNorm and embeddings are no linear maps and get the weighted mean."""
 
 # %% ../nbs/2_merging/45_spectral.ipynb #1363a9d6
 import math,re
@@ -21,19 +21,21 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 from .task_vector import *
+from .loop import *
 from .merge import *
 from .linear import *
 
-# %% ../nbs/2_merging/45_spectral.ipynb #bf1fe5d7
-def _prepare(scan, names, weights, embeddings, max_rows, exclude, **hp):
-    shapes = {k:scan.base.shape(k) for k in scan.keys}
-    lookup = lambda k: not embeddings and tensor_block(k)=='embeddings' or exclude and re.search(exclude, k)
-    keys = {k for k,s in shapes.items() if len(s)==2 and s[0]<=max_rows and not lookup(k)}
-    scan.max_elements = max([1<<17, *(math.prod(shapes[k]) for k in keys)]) # Larger tensors are averaged row by row
-    return lambda block: dict(matrix=block.key in keys)
+# %% ../nbs/2_merging/45_spectral.ipynb #f267d74b
+def _number(**ranges):
+    "Raise for the first name whose (value, least value) is no number, or a smaller one"
+    for k,(v,least) in ranges.items():
+        if isinstance(v, bool) or not isinstance(v, (int,float)) or not least<=v<math.inf:
+            raise ValueError(f"{k} is a number of {least} or more; got {v!r}")
 
+# %% ../nbs/2_merging/45_spectral.ipynb #bf1fe5d7
 def as_matrices(
     taus:Tensor, # Task vectors, (n, *shape)
+    *,
     scale:float=1., # Factor of the merged task vector
     embeddings:bool=False, # Treat lookup tables as matrices, too
     max_rows:int=50_000, # Matrices with more rows are averaged
@@ -43,26 +45,37 @@ def as_matrices(
     "Check the arguments that all methods of this page share"
     _number(scale=(scale,0), max_rows=(max_rows,1))
     try: exclude and re.compile(exclude)
-    except (re.error,TypeError) as e: raise ValueError(f"exclude is a pattern searched in names of tensors; got {exclude!r} ({e})")
+    except (re.error,TypeError) as e:
+        raise ValueError(f"exclude is a pattern searched in names of tensors; got {exclude!r} ({e})")
     return scale,matrix and taus.dim()==3 and taus.shape[1]<=max_rows and not no_change(taus)
 
-def _mean(base, taus, weights): return base.clone() if no_change(taus) else linear(base, taus, weights)
+# %% ../nbs/2_merging/45_spectral.ipynb #64ebedd6
+def _prepare(scan, names, weights, embeddings, max_rows, exclude, **hp):
+    shapes = {k:scan.base.shape(k) for k in scan.keys}
+    def lookup(k):
+        table = not embeddings and tensor_block(k)=='embeddings'
+        return table or exclude and re.search(exclude, k)
+    keys = {k for k,s in shapes.items() if len(s)==2 and s[0]<=max_rows and not lookup(k)}
+    largest = max((math.prod(shapes[k]) for k in keys), default=0)
+    scan.max_elements = max(1<<17, largest) # Larger tensors are averaged row by row
+    return lambda block: dict(matrix=block.key in keys)
 
-def _number(**ranges):
-    for k,(v,least) in ranges.items():
-        if isinstance(v, bool) or not isinstance(v, (int,float)) or not least<=v<math.inf:
-            raise ValueError(f"{k} is a number of {least} or more; got {v!r}")
+def _mean(base, taus, weights): return base.clone() if no_change(taus) else linear(base, taus, weights)
 
 # %% ../nbs/2_merging/45_spectral.ipynb #7a8290c6
 def _used(taus, weights, dtype=torch.float64):
     "Task vectors of weight above 0, and how often each counts"
-    if (weights==0).any(): taus,weights = taus[weights!=0],weights[weights!=0]
-    return taus.to(dtype),(len(weights)*weights.double()/weights.double().sum()).to(dtype)
+    some = weights!=0
+    if not some.all():
+        taus = taus[some]
+        weights = weights[some]
+    times = len(weights)*weights.double()/weights.double().sum()
+    return taus.to(dtype),times.to(dtype)
 
 def _total(taus, times): return torch.einsum('n,nij->ij', times, taus)
 def _result(base, tau, scale): return (base.double()+scale*tau).to(base.dtype)
 
-# %% ../nbs/2_merging/45_spectral.ipynb #f9b85a20
+# %% ../nbs/2_merging/45_spectral.ipynb #bc7a885e
 _least = 1e-6 # Singular values below this part of the largest are 0
 
 def _gram(m, width=384):
@@ -72,6 +85,7 @@ def _gram(m, width=384):
     g.tril_()
     return g.add_(g.tril(-1).T)
 
+# %% ../nbs/2_merging/45_spectral.ipynb #f9b85a20
 def triples(
     m:Tensor, # Matrix (rows, columns), float64
     k:int|None=None, # How many; None: all
@@ -80,8 +94,9 @@ def triples(
     "The `k` leading singular triples of `m`"
     if m.shape[0]<m.shape[1]: return triples(m.T, k, least)[::-1]
     lam,v = torch.linalg.eigh(_gram(m))
-    lam,v = lam.flip(0)[:k],v.flip(1)[:,:k]
-    v = v[:,lam>max(_least**2*float(lam[0]), least**2)] if len(lam) else v
+    lam = lam.flip(0)[:k]
+    v = v.flip(1)[:,:k]
+    if len(lam): v = v[:,lam>max(_least**2*float(lam[0]), least**2)]
     u = m@v
     s = u.norm(dim=0)
     return u/s,s,v
@@ -96,7 +111,8 @@ def polar(
         return x.T,s
     lam,v = torch.linalg.eigh(_gram(m))
     keep = lam>_least**2*lam[-1] if len(lam) else lam>0
-    s,v = lam[keep].sqrt(),v[:,keep]
+    s = lam[keep].sqrt()
+    v = v[:,keep]
     return m@((v/s)@v.T),s
 
 # %% ../nbs/2_merging/45_spectral.ipynb #6148efb5
@@ -105,17 +121,25 @@ _matrix_method = dict(elementwise=False, prepare=_prepare, given=('matrix',), sc
 def _leading_of(i, tau, k): return triples(tau, k)
 
 def _prepare_leading(scan, names, weights, **hp):
+    "As `_prepare`; the triples of a source are kept, because they do not depend on the weights"
     given = _prepare(scan, names, weights, **hp)
-    def kept(key): return lambda i, tau, k: scan.keep(('triples', key, names[i], k), lambda: triples(tau, k))
-    return lambda block: given(block)|dict(leading=kept(block.key))
+    def of_block(block):
+        def leading(i, tau, k):
+            return scan.keep(('triples', block.key, names[i], k), lambda: triples(tau, k))
+        return given(block)|dict(leading=leading)
+    return of_block
 
-@register(**_matrix_method|dict(prepare=_prepare_leading, given=('matrix','leading')), homogeneous=True)
+# %% ../nbs/2_merging/45_spectral.ipynb #0547f43c
+_kept_method = _matrix_method|dict(prepare=_prepare_leading, given=('matrix','leading'))
+
+# %% ../nbs/2_merging/45_spectral.ipynb #48fc6e47
+@register(**_kept_method, homogeneous=True)
 @delegates(as_matrices)
 def tsv_m(
     base:Tensor, # Base values, (*shape)
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, 0 or more, (n,); only ratios matter
-    leading=_leading_of, # From `merge`: leading triples by number of the source, task vector and k, kept between merges
+    leading=_leading_of, # From `merge`: (number of the source, task vector, k) -> its leading triples
     **kwargs, # Those of `as_matrices`
 )->Tensor: # (*shape)
     "Keep the leading singular triples of each task vector, and turn them apart"
@@ -125,7 +149,9 @@ def tsv_m(
     k = max(1, min(base.shape)//len(taus))
     u,s,v = zip(*(leading(i, tau, k) for i,tau in enumerate(taus)))
     s = torch.cat([t*o for t,o in zip(times, s)])
-    return _result(base, polar(torch.cat(u, 1))[0]*s@polar(torch.cat(v, 1))[0].T, scale)
+    left = polar(torch.cat(u, 1))[0]
+    right = polar(torch.cat(v, 1))[0]
+    return _result(base, left*s@right.T, scale)
 
 # %% ../nbs/2_merging/45_spectral.ipynb #445496c1
 @register(**_matrix_method, homogeneous=True)
@@ -142,29 +168,32 @@ def iso_c(
     x,s = polar(_total(*_used(taus, weights)))
     return _result(base, x, scale*float(s.sum())/max(1, len(s)))
 
-# %% ../nbs/2_merging/45_spectral.ipynb #806d7a2e
+# %% ../nbs/2_merging/45_spectral.ipynb #aeb10194
 def _leading(m, k):
     "The `k` leading triples of `m`, and what completes U to a basis; None where U has more rows than columns"
     if m.shape[0]>m.shape[1]: return triples(m, k),None
     lam,u = torch.linalg.eigh(_gram(m.T))
     n = int((lam.flip(0)[:k]>_least**2*float(lam[-1])).sum()) if len(lam) else 0
-    u,rest = u.flip(1)[:,:n],u[:,:len(lam)-n]
+    rest = u[:,:len(lam)-n]
+    u = u.flip(1)[:,:n]
     v = m.T@u
     s = v.norm(dim=0)
     return (u,s,v/s),rest
 
+# %% ../nbs/2_merging/45_spectral.ipynb #806d7a2e
 def _outside(tau, u, rest, k, least):
     "The `k` leading triples of what `tau` has outside of the columns of `u`"
     if rest is None: return triples(tau-u@(u.T@tau), k, least)
     a,s,v = triples(rest.T@tau, k, least) # A small matrix: (columns of rest, columns of tau)
     return rest@a,s,v
 
-# %% ../nbs/2_merging/45_spectral.ipynb #1813d091
+# %% ../nbs/2_merging/45_spectral.ipynb #2a285329
 def _places(r, n, common):
     "Common triples, and those of each of `n` sources, of `r`"
     own = min(round((r-int(r*common))/n), r//n)
     return r-n*own,own
 
+# %% ../nbs/2_merging/45_spectral.ipynb #1813d091
 @register(**_matrix_method, homogeneous=True)
 @delegates(as_matrices)
 def iso_cts(
@@ -183,10 +212,12 @@ def iso_cts(
     (u,s,v),rest = _leading(_total(taus, times), k)
     least = _least*float(s[0]) if len(s) else 0.
     parts = [_outside(t*tau, u, rest, own, least) for t,tau in zip(times, taus)] if own else []
-    us,ss,vs = zip(*parts) if parts else ((),)*3
-    s = torch.cat([s, *ss])
-    if us: u = torch.cat([u, polar(torch.cat(us, 1))[0]], 1) # They are orthogonal to the common ones
-    return _result(base, u@polar(torch.cat([v, *vs], 1))[0].T, scale*float(s.sum())/max(1, len(s)))
+    s = torch.cat([s, *(o[1] for o in parts)])
+    if parts: # What they add is orthogonal to what is common
+        outside = torch.cat([o[0] for o in parts], 1)
+        u = torch.cat([u, polar(outside)[0]], 1)
+    right = polar(torch.cat([v, *(o[2] for o in parts)], 1))[0]
+    return _result(base, u@right.T, scale*float(s.sum())/max(1, len(s)))
 
 # %% ../nbs/2_merging/45_spectral.ipynb #c17d01b5
 def interference(
@@ -197,21 +228,27 @@ def interference(
     "How much `tau` differs from each of `taus` where that one acts, `Σ w_i ‖(tau-tau_i)tau_iᵀ‖²/‖tau_i‖²`"
     return sum(w*((tau-t)@t.T).square().sum()/t.square().sum() for w,t in zip(weights, taus) if t.any())
 
-# %% ../nbs/2_merging/45_spectral.ipynb #7bdd72d3
+# %% ../nbs/2_merging/45_spectral.ipynb #23f23223
 def _accurate(base, ridge):
     "float64, unless a large ridge hides the rounding of float32"
     return torch.float64 if ridge<.01 else torch.promote_types(base.dtype, torch.float32)
 
+# %% ../nbs/2_merging/45_spectral.ipynb #7bdd72d3
 def _sums(taus, times, factors):
     "The weighted mean, ΣC_i and Σ(tau_i-mean)C_i, where C_i is `factors` tau_iᵀtau_i"
     mean = _total(taus, times/times.sum())
-    c,d = taus.new_zeros(taus.shape[2], taus.shape[2]),torch.zeros_like(mean)
+    c = taus.new_zeros(taus.shape[2], taus.shape[2])
+    d = torch.zeros_like(mean)
+    tall = taus.shape[1]>=taus.shape[2]
     for f,tau in zip(factors.tolist(), taus):
-        gram,diff = _gram(tau),tau-mean
+        gram = _gram(tau)
+        diff = tau-mean
         c.add_(gram, alpha=f)
-        d.add_(diff@gram if tau.shape[0]>=tau.shape[1] else diff@tau.T@tau, alpha=f)
+        product = diff@gram if tall else diff@tau.T@tau
+        d.add_(product, alpha=f)
     return mean,c,d
 
+# %% ../nbs/2_merging/45_spectral.ipynb #386c1c7b
 def _divide(a, c):
     "a c⁻¹ for a symmetric c ≥ 0, by its pseudo-inverse where it is singular"
     l,bad = torch.linalg.cholesky_ex(c)
@@ -221,22 +258,26 @@ def _divide(a, c):
     return a@(v[:,keep]/lam[keep])@v[:,keep].T
 
 def _closed(mean, c, d, ridge):
-    "mean + d (c+ridge)⁻¹: the sum of tau_i C_i over the sum of C_i, where each C_i has its share of the ridge"
+    "mean + d (c+ridge)⁻¹: the sum of tau_i C_i over that of C_i, where each C_i has its share of the ridge"
     c.diagonal().add_(ridge*c.diagonal().mean())
     return mean+_divide(d, c)
 
-def _adam(tau, mean, c, d, steps, lr):
-    m,v = torch.zeros_like(tau),torch.zeros_like(tau)
+# %% ../nbs/2_merging/45_spectral.ipynb #9b36d313
+def _adam(tau, mean, c, d, *, steps, lr):
+    "`tau` after some steps of Adam on `interference`"
+    m = torch.zeros_like(tau)
+    v = torch.zeros_like(tau)
     for i in range(1, steps+1):
-        g = ((tau-mean)@c).sub_(d).mul_(2) # The gradient of `interference`
+        g = ((tau-mean)@c).sub_(d).mul_(2) # The gradient
         m.lerp_(g, .1)
         v.mul_(.999).addcmul_(g, g, value=.001)
         tau = tau-m.div(1-.9**i).div_((v/(1-.999**i)).sqrt_().add_(1e-8)).mul_(lr)
     return tau
 
-# %% ../nbs/2_merging/45_spectral.ipynb #e40935c9
+# %% ../nbs/2_merging/45_spectral.ipynb #ac905159
 def _norms(taus): return taus.square().sum((1,2))
 
+# %% ../nbs/2_merging/45_spectral.ipynb #e40935c9
 @register(**_matrix_method, homogeneous=True, convex=True)
 @delegates(as_matrices)
 def wudi(
@@ -252,14 +293,18 @@ def wudi(
     "The task vector with the least `interference`"
     if solve not in ('closed','adam'): raise ValueError(f"solve is 'closed' or 'adam'; got {solve!r}")
     _number(ridge=(ridge,0), lr=(lr,0), steps=(steps,1))
+    closed = solve=='closed'
     scale,matrix = as_matrices(taus, **kwargs)
     if not matrix: return _mean(base, taus, weights)
-    taus,times = _used(taus, weights, _accurate(base, ridge if solve=='closed' else 0))
+    if not closed: ridge = 0
+    taus,times = _used(taus, weights, _accurate(base, ridge))
     norms = _norms(taus)
     factors = torch.where(norms>0, times/norms, 0) # A source that changed nothing has no inputs
-    if solve=='closed': return _result(base, _closed(*_sums(taus, times, factors), ridge), scale)
-    tau,*sums = (o.to(_accurate(base, 1)) for o in (_total(taus, times), *_sums(taus, times, factors)))
-    return _result(base, _adam(tau, *sums, int(steps), lr), scale)
+    sums = _sums(taus, times, factors)
+    if closed: return _result(base, _closed(*sums, ridge), scale)
+    kind = _accurate(base, 1)
+    tau = _adam(*(o.to(kind) for o in (_total(taus, times), *sums)), steps=int(steps), lr=lr)
+    return _result(base, tau, scale)
 
 # %% ../nbs/2_merging/45_spectral.ipynb #56f4fdfb
 @register(**_matrix_method, homogeneous=True, convex=True)
@@ -278,17 +323,42 @@ def actmat(
     taus,times = _used(taus, weights, _accurate(base, ridge))
     return _result(base, _closed(*_sums(taus, times, times), ridge), scale)
 
-# %% ../nbs/2_merging/45_spectral.ipynb #d1c6cf48
+# %% ../nbs/2_merging/45_spectral.ipynb #0107ba3d
 def _spread(norms):
     "γ: how much the sources' squared norms differ"
+    if len(norms)<2: return 0.
     logs = (norms+1e-12).log()
-    return float(logs.var()/(logs.mean().square()+1e-12)) if len(logs)>1 else 0.
+    return float(logs.var()/(logs.mean().square()+1e-12))
 
 def _refinement(fused, part):
+    "The leading directions of `fused`, at their mean strength"
     k = max(1, int(min(fused.shape)*part))
     u,s,v = triples(fused, k)
     return s.sum()/k*(u@v.T)
 
+# %% ../nbs/2_merging/45_spectral.ipynb #63f5c167
+def _with_prior(a, c, prior):
+    "a (c + `prior` in every row)⁻¹; the prior is of rank one: Sherman-Morrison"
+    x = _divide(torch.cat([a, prior[None]]), c)
+    rows = x[:-1]
+    last = x[-1]
+    return rows-rows.sum(1)[:,None]*last/(1+last.sum())
+
+# %% ../nbs/2_merging/45_spectral.ipynb #ae659b50
+def _ace(taus, times, norms, *, eps, heterogeneity, refine):
+    adapt = _spread(norms)>heterogeneity
+    taus = taus-taus.mean(1, keepdim=True)
+    factors = times/(_norms(taus)+1e-12) if adapt else times # A trace is a squared norm
+    mean,c,d = _sums(taus, times, factors)
+    num = d+mean@c # Σ tau_i C_i
+    prior = c.mean(0)
+    if adapt: prior = prior/(times*norms).mean()
+    c.diagonal().add_(eps*factors.sum())
+    merged = _with_prior(num+eps*_total(taus, factors), c, prior)
+    if not adapt: return merged
+    return merged+_refinement(merged+num-mean@c, refine)
+
+# %% ../nbs/2_merging/45_spectral.ipynb #d1c6cf48
 @register(**_matrix_method)
 @delegates(as_matrices)
 def ace(
@@ -309,15 +379,6 @@ def ace(
     norms = _norms(taus)
     some = norms>0
     if not some.any(): return base.clone()
-    return _result(base, _ace(taus[some], times[some]*some.sum()/times[some].sum(), norms[some], eps, heterogeneity, refine), scale)
-
-def _ace(taus, times, norms, eps, heterogeneity, refine):
-    adapt = _spread(norms)>heterogeneity
-    taus = taus-taus.mean(1, keepdim=True)
-    factors = times/(_norms(taus)+1e-12) if adapt else times # A trace is a squared norm
-    mean,c,d = _sums(taus, times, factors)
-    num,prior = d+mean@c,c.mean(0)/((times*norms).mean() if adapt else 1) # num: Σ tau_i C_i
-    c.diagonal().add_(eps*factors.sum())
-    x = _divide(torch.cat([num+eps*_total(taus, factors), prior[None]]), c)
-    w = x[:-1]-x[:-1].sum(1)[:,None]*x[-1]/(1+x[-1].sum()) # The prior is of rank one: Sherman-Morrison
-    return w+_refinement(w+num-mean@c, refine) if adapt else w
+    times = times[some]*some.sum()/times[some].sum()
+    tau = _ace(taus[some], times, norms[some], eps=eps, heterogeneity=heterogeneity, refine=refine)
+    return _result(base, tau, scale)

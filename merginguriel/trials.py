@@ -81,7 +81,7 @@ def predictions(self:Trials,
     path = self.bank and self.bank/f'{self._key(method, w, head, seed, hp)}.parquet'
     if path and path.exists(): return load_predictions(path)
     model,tok = self._classifier(w)
-    merged = merge_state_dicts(self.base, self.sources, method, w, head, seed, **self.kept, **hp)
+    merged = merge_state_dicts(self.base, self.sources, method, w, head=head, seed=seed, **self.kept, **hp)
     model.load_state_dict(merged, strict=False)
     if lack := [k for k,_ in model.named_parameters() if k not in merged]:
         raise IncompatibleError(f"the merge has no {lack[0]!r}, which the classifier needs; the sources are not of one architecture")

@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/validation.html.md""
 __all__ = ['choose_scale', 'choose_forgetting', 'majority_accuracy', 'keep_good']
 
 # %% ../nbs/2_merging/80_validation.ipynb #06543f24
-"""Arithmetic with task vectors leaves numbers open that only accuracies can settle: the scale of an addition (`choose_scale`), the
-scale at which a task is forgotten and the others are not (`choose_forgetting`), and which tasks to take at all (`keep_good`). The
-accuracies come from whoever calls, as functions of the scale, and are those of validation data: a number chosen on the test set
-makes the test score a choice too."""
+"""Arithmetic with task vectors leaves open some numbers that only accuracies can settle: the scale of an
+addition (`choose_scale`), the scale at which one task is forgotten and the others are not
+(`choose_forgetting`), and which tasks to take at all (`keep_good`). The accuracies come from the caller, as
+functions of the scale, and belong to validation data. A number chosen on the test set would make the test
+score a choice too."""
 
 # %% ../nbs/2_merging/80_validation.ipynb #a1ea87ae
 import numpy as np
@@ -19,10 +20,13 @@ import pandas as pd
 
 # %% ../nbs/2_merging/80_validation.ipynb #4b1fa7e8
 def _scales(scales):
+    "Scales to try, as plain numbers"
     s = np.linspace(0, 1, 21) if scales is None else np.asarray(list(scales), dtype=float)
-    if not len(s) or not np.isfinite(s).all(): raise ValueError(f"scales are finite numbers, at least one; got {scales!r}")
+    if not len(s) or not np.isfinite(s).all():
+        raise ValueError(f"scales are finite numbers, at least one; got {scales!r}")
     return [round(float(o), 10) for o in s]
 
+# %% ../nbs/2_merging/80_validation.ipynb #3990505d
 def choose_scale(
     score, # Function scale -> Series task -> accuracy on validation data
     own, # Series task -> accuracy of its own fine-tuned model, above 0
@@ -30,17 +34,20 @@ def choose_scale(
 )->tuple: # Scale; DataFrame, rows = scales, columns = accuracy of each task and 'normalised'
     "The first scale with the greatest mean of accuracies normalised by `own`"
     own = pd.Series(own, dtype=float)
-    if not (own>0).all(): raise ValueError(f"accuracies of fine-tuned models are above 0; got {own[~(own>0)].to_dict()}")
+    if not (own>0).all():
+        raise ValueError(f"accuracies of fine-tuned models are above 0; got {own[~(own>0)].to_dict()}")
     rows = {}
     for s in _scales(scales):
         a = pd.Series(score(s), dtype=float)
         if set(a.index)!=set(own.index) or len(a)!=len(own) or a.isna().any():
-            raise ValueError(f"score({s}) needs one accuracy for each of {', '.join(map(str, own.index))}; got {a.to_dict()}")
+            names = ', '.join(map(str, own.index))
+            raise ValueError(f"score({s}) needs one accuracy for each of {names}; got {a.to_dict()}")
         rows[s] = a[own.index]
     df = pd.DataFrame(rows).T.rename_axis('scale')
     df['normalised'] = (df/own).mean(axis=1)
     return df.normalised.idxmax(),df
 
+# %% ../nbs/2_merging/80_validation.ipynb #7788470e
 def choose_forgetting(
     score, # Function scale -> (accuracy on what is forgotten, accuracy on the control), on validation data
     control:float, # Accuracy of the base on the control
@@ -48,12 +55,15 @@ def choose_forgetting(
     scales=None, # Scales to try, in this order, 0 among them; None: 0, .05, …, 1
 )->tuple: # Scale; DataFrame, rows = scales, columns 'forgotten', 'control', 'allowed'
     "The first scale with the least accuracy on what is forgotten, among those that keep the control"
-    if not 0<keep<=1: raise ValueError(f"keep is the part of the control's accuracy that must stay, in (0, 1]; got {keep}")
+    if not 0<keep<=1:
+        raise ValueError(f"keep is the part of the control's accuracy that must stay, in (0, 1]; got {keep}")
     if not 0<control<=1: raise ValueError(f"control is an accuracy, in (0, 1]; got {control}")
     scales = _scales(scales)
     if 0 not in scales: raise ValueError("scale 0, which changes nothing, must be among the scales")
-    df = pd.DataFrame({s:score(s) for s in scales}, index=['forgotten','control'], dtype=float).T.rename_axis('scale')
-    if df.isna().any(axis=None): raise ValueError(f"score gave no number at scale {df.isna().any(axis=1).idxmax()}")
+    scores = pd.DataFrame({s:score(s) for s in scales}, index=['forgotten','control'], dtype=float)
+    df = scores.T.rename_axis('scale')
+    missing = df.isna().any(axis=1)
+    if missing.any(): raise ValueError(f"score gave no number at scale {missing.idxmax()}")
     df['allowed'] = (df.control>=keep*control-1e-12)|(df.index==0)
     return df.forgotten[df.allowed].idxmin(),df
 
@@ -62,16 +72,18 @@ def majority_accuracy(
     train, # Labels of the training data
     validation, # Labels of the validation data
 )->float: # In [0, 1]
-    "Accuracy on `validation` of always answering the commonest label of `train`; of equals the first in order"
-    counts = pd.Series(list(train)).value_counts().sort_index()
-    return float(np.mean([o==counts.idxmax() for o in validation]))
+    "Accuracy on `validation` of always answering the commonest label of `train`, of equals the first"
+    commonest = pd.Series(list(train)).value_counts().sort_index().idxmax()
+    return float(np.mean([o==commonest for o in validation]))
 
+# %% ../nbs/2_merging/80_validation.ipynb #c261a899
 def keep_good(
     accuracy, # Series task -> validation accuracy of its fine-tuned model
     majority, # Series task -> that of `majority_accuracy`
 )->list: # Tasks, in the order of `accuracy`
     "The tasks whose models reach the majority label"
-    a,m = pd.Series(accuracy, dtype=float),pd.Series(majority, dtype=float)
+    a = pd.Series(accuracy, dtype=float)
+    m = pd.Series(majority, dtype=float)
     if set(a.index)!=set(m.index) or a.isna().any() or m.isna().any():
         raise ValueError(f"each task needs both accuracies; got {a.to_dict()} and {m.to_dict()}")
     return [k for k in a.index if a[k]>=m[k]]

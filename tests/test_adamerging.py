@@ -7,7 +7,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from merginguriel.adamerging import *
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
+from merginguriel.coefficients import *
 from merginguriel.core import IncompatibleError
+from merginguriel.elected import *
 from merginguriel.gradient import *
 from merginguriel.merge import merge, merge_state_dicts, methods
 from merginguriel.task_vector import TensorNamesError, tensor_block

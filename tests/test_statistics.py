@@ -4,8 +4,8 @@ import pytest
 import torch
 from merginguriel.base_model import add_head
 from merginguriel.mini import mini_path
+from merginguriel.information import *
 from merginguriel.statistics import *
-from merginguriel.statistics import _until, _layers
 from merginguriel.merge import merge_state_dicts
 
 TEXTS = ['wake me up at five am this week', 'stop', 'quiet please', 'play some jazz', 'what is the weather in rome tomorrow']
@@ -165,7 +165,7 @@ def test_regmean_plus_is_the_same_without_replaying(mini):
     base,sources,w = m.state_dict(),sources_of(m),{'x':.5,'y':.2,'z':.3}
     texts = {k:[batch(tok, TEXTS[i:i+2]), batch(tok, TEXTS[i+2:i+5])] for i,k in enumerate(sources)}
     work,got = copy.deepcopy(m),{k:{} for k in sources}
-    for k,g in regmean_plus_grams(work, base, sources, texts, w): got[k].update(g)
+    for k,g in regmean_plus_grams(work, base, sources, texts, weights=w): got[k].update(g)
     want,mean = {k:{} for k in sources},merge_state_dicts(base, sources, 'linear', w)
     now,run = dict(mean),copy.deepcopy(m)
     for layer in ('roberta.encoder.layer.0.','roberta.encoder.layer.1.'):
@@ -182,7 +182,7 @@ def test_regmean_plus_is_the_same_without_replaying(mini):
     plain = {k:activation_grams(m_, texts[k]) for k,m_ in ((k,copy.deepcopy(m)) for k in sources) if m_.load_state_dict(sources[k])}
     o = 'roberta.encoder.layer.1.output.dense.weight'
     assert not torch.allclose(plain['x'][o], got['x'][o], rtol=1e-3), "not what RegMean measures"
-    assert all('forward' not in l.__dict__ for l in _layers(work).values())
+    assert all('forward' not in l.__dict__ for l in numbered_layers(work).values())
 
 def test_regmean_plus_of_copies_is_that_model(mini):
     m,tok = mini
