@@ -219,3 +219,177 @@ def test_the_trimmed_base_answers_the_same(base):
     assert less.decode(less(rare).input_ids, skip_special_tokens=True).replace(' ', '') == \
         full.decode(full(rare).input_ids, skip_special_tokens=True).replace(' ', '')
     assert base_seen(small) == base_seen(base)
+
+
+# ---- an ordinary base, on a file of the same format that is made here
+
+CHARACTERS = {'①':'1', '\u200b':' ', '\x07':''}
+
+
+def write_small(path, pieces, hidden=32, ffn=64, positions=80):
+    "A data file of one layer with random blocks: same format, thousands of times smaller"
+    rng, texts = np.random.default_rng(0), [o.encode() for o in pieces]
+    ends = np.cumsum([0, *map(len, texts)]).astype('<u4')
+    scores = np.array([0]*4+[-2-len(o)/9 for o in pieces[4:-1]]+[0], '<f4')
+    head = b'E5S1'+struct.pack('<I7ifi', 1, hidden, 1, 2, ffn, len(pieces), positions, 2, 1e-12, 32)
+    head += struct.pack('<5iQ', len(pieces), 0, 2, 1, 3, ends[-1])
+    head += ends.tobytes()+scores.tobytes()+b''.join(texts)
+    norm = b''.join(struct.pack(f'<IB{len(v)}I', ord(k), len(v), *map(ord, v)) for k, v in CHARACTERS.items())
+    head += struct.pack('<iI', len(CHARACTERS), len(norm))+norm
+    sizes = {'emb.word':len(pieces)*hidden, 'emb.pos':positions*hidden, 'emb.type':2*hidden}
+    sizes |= {'emb.ln.w':hidden, 'emb.ln.b':hidden}
+    for k in ('q', 'k', 'v', 'ao'): sizes |= {f'l0.{k}.w':hidden*hidden, f'l0.{k}.b':hidden}
+    sizes |= {'l0.fi.w':ffn*hidden, 'l0.fi.b':ffn, 'l0.fo.w':ffn*hidden, 'l0.fo.b':hidden}
+    sizes |= {f'l0.{k}.{o}':hidden for k in ('aln', 'oln') for o in 'wb'}
+    four = lambda k: k == 'emb.word' or k.startswith('l0.') and k.endswith('.w') and 'ln.' not in k
+    start, entries, body = len(head)+4+sum(2+len(k)+21 for k in sizes), b'', b''
+    for k, n in sizes.items():
+        blocks = np.zeros(n//32, dtype=[('scale', '<f2'), ('halves', 'u1', 16)])
+        blocks['scale'], blocks['halves'] = .02, rng.integers(0, 256, (len(blocks), 16))
+        plain = rng.normal(size=n)*.01+k.endswith('ln.w')
+        raw = blocks.tobytes() if four(k) else plain.astype('<f4').tobytes()
+        entries += struct.pack('<H', len(k))+k.encode()
+        entries += struct.pack('<BIQQ', four(k), n, start+len(body), len(raw))
+        body += raw
+    path.write_bytes(head+struct.pack('<i', len(sizes))+entries+body)
+    return path
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    "The base 'e5' made from a small file, in a cache of its own"
+    from merginguriel.toy import toy_locales, toy_rows
+    words = sorted({w for l in toy_locales for o in toy_rows(l, 'train') for w in o['text'].split()})
+    letters = sorted({c for w in words for c in w}|{'▁', '1'})
+    pieces = ['<s>', '<pad>', '</s>', '<unk>', *letters, *(f'▁{w}' for w in words), '<mask>']
+    path = write_small(tmp_path/'small.bin', pieces)
+    monkeypatch.setenv('MERGINGURIEL_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setattr(e5, 'e5_file', lambda name='': path)
+    monkeypatch.setattr(e5, 'check_e5', lambda path: path)
+    return base_folder('e5')
+
+
+def test_a_small_file_becomes_a_base(small):
+    from tokenizers import Tokenizer
+    tok = Tokenizer.from_file(str(small/'tokenizer.json'))
+    assert tok.encode('①\u200b\x07song  lamp').tokens == ['<s>', '▁', '1', '▁song', '▁lamp', '</s>']
+    c = open_checkpoint(small)
+    positions = c.read('embeddings.position_embeddings.weight')
+    assert positions.shape == (82, 32) and not positions[:2].any() and positions[2].any()
+    assert c.shape('embeddings.token_type_embeddings.weight') == (1, 32)
+    assert 'encoder.layer.1.output.dense.weight' in c
+    assert base_seen(small)['locales'] == [] and 'sw' in base_seen(add_head(small, ['a', 'b']))['languages']
+
+
+def test_it_stands_where_mini_can(small, tmp_path, monkeypatch, capfd):
+    "The command line, an experiment from fine-tuning to a merge, and its compatibilities"
+    from merginguriel.cli import main
+    from merginguriel.experiment import Experiment, run
+    from merginguriel.train import training_record
+    typed = f'finetune --out {tmp_path}/sq --base e5 --dataset toy --locale sq-AL --epochs 1 --lr .01'
+    assert main(typed.split()) == 0
+    assert training_record(tmp_path/'sq')['options']['embedding_lr'] == 0
+    e = Experiment('sq-AL', sources=('en-US', 'de-DE'), dataset='toy', base='e5', methods=('linear',),
+        options=dict(epochs=1))
+    r = run(e, tmp_path/'runs', progress=False)
+    assert set(r.merged) == {'linear'} and r.contract['touched'] == ['none']
+    words = 'roberta.embeddings.word_embeddings.weight'
+    frozen = open_checkpoint(small).read(words.removeprefix('roberta.'))
+    assert torch.equal(open_checkpoint(tmp_path/'sq').read(words), frozen)
+
+
+# ---- the same for other folders
+
+SMALL = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+
+
+def classifiers(base, folder, n=2):
+    "`n` classifiers near `base` with a head, and that base"
+    from merginguriel.checkpoint import copy_model_files, save_checkpoint
+    start = add_head(base, ['lights', 'music'], folder/'start')
+    c, out = open_checkpoint(start), {}
+    for i in range(n):
+        g = torch.Generator().manual_seed(i)
+        copy_model_files(start, folder/f'm{i}')
+        save_checkpoint({k:c.read(k)+.01*torch.randn(c.shape(k), generator=g) for k in c}, folder/f'm{i}')
+        out[f'm{i}'] = folder/f'm{i}'
+    return start, out
+
+
+def test_trimmed_models_are_merged_and_audited(tmp_path):
+    "Trimming and merging may be exchanged; the audit and the cosines see the trimmed models as they are"
+    from merginguriel.audit import audit
+    from merginguriel.merge import merge
+    from merginguriel.task_vector import task_vector_gram
+    start, models = classifiers(mini_path(), tmp_path)
+    whole = enumerate([start, *models.values()])
+    base, *less = [trim_vocabulary(o, TEXTS, tmp_path/f'less{i}') for i, o in whole]
+    less = dict(zip(models, less))
+    merge(start, models, tmp_path/'full', weights=[.7, .3])
+    merge(base, less, tmp_path/'small', weights=[.7, .3])
+    one = open_checkpoint(trim_vocabulary(tmp_path/'full', TEXTS, tmp_path/'after'))
+    two = open_checkpoint(tmp_path/'small')
+    assert all(torch.equal(one.read(k), two.read(k)) for k in one)
+    report = audit(tmp_path/'small', base, less)
+    assert (report.coefficients.round(3) == [.7, .3]).all(axis=None)
+    assert report.kinds == []
+    grams = [task_vector_gram(*o, exclude='word_embeddings') for o in ((start, models), (base, less))]
+    assert np.allclose(*grams)
+
+
+def test_a_bert_folder_is_trained_and_merged(tmp_path):
+    "BertModel with a unigram tokenizer, as multilingual-e5-small is on the hub"
+    from transformers import BertConfig, BertModel
+    from merginguriel.checkpoint import copy_model_files
+    from merginguriel.data import load_intents
+    from merginguriel.evaluate import predict
+    from merginguriel.merge import merge
+    from merginguriel.train import finetune
+    shape = dict(SMALL, vocab_size=24000, max_position_embeddings=64, pad_token_id=1)
+    copy_model_files(mini_path(), tmp_path/'bert')
+    BertModel(BertConfig(**shape)).save_pretrained(tmp_path/'bert')
+    less = trim_vocabulary(tmp_path/'bert', ['lamp song'], tmp_path/'less')
+    read = add_reading_layer(less, tmp_path/'read')
+    models = {}
+    for l in ('en-US', 'de-DE'):
+        data = load_intents('toy', l, 'train')
+        models[l] = finetune(read, data, tmp_path/l, epochs=1, lr=1e-3)
+    start = add_head(read, ['lights', 'music'])
+    merge(start, models, tmp_path/'merged')
+    config = json.loads((tmp_path/'merged/config.json').read_text())
+    assert config['architectures'] == ['BertForSequenceClassification'] and config['num_hidden_layers'] == 2
+    assert predict(tmp_path/'merged', load_intents('toy', 'sq-AL', 'test')).logits.shape == (96, 2)
+
+
+@pytest.mark.parametrize('kind', ['ForMaskedLM', 'ForSequenceClassification'])
+def test_any_head_is_trimmed_with_its_base(tmp_path, kind):
+    import transformers
+    from merginguriel.checkpoint import copy_model_files
+    shape = dict(SMALL, vocab_size=24000, max_position_embeddings=64, pad_token_id=1)
+    copy_model_files(mini_path(), tmp_path/'full')
+    make, cls = getattr(transformers, f'XLMRoberta{kind}'), transformers.AutoTokenizer
+    make(transformers.XLMRobertaConfig(**shape)).save_pretrained(tmp_path/'full')
+    trim_vocabulary(tmp_path/'full', TEXTS, tmp_path/'less')
+    answers = []
+    for o in ('full', 'less'):
+        tok = cls.from_pretrained(tmp_path/o)
+        model, info = make.from_pretrained(tmp_path/o, output_loading_info=True)
+        assert not info['missing_keys'] and not info['mismatched_keys']
+        x = tok(TEXTS, padding=True, return_tensors='pt')
+        with torch.no_grad(): answers.append(model.eval()(**x).logits)
+    full, less = (cls.from_pretrained(tmp_path/o) for o in ('full', 'less'))
+    kept = [full.convert_tokens_to_ids(less.convert_ids_to_tokens(i)) for i in range(len(less))]
+    assert len(less) < 10_000
+    assert torch.equal(answers[1], answers[0][..., kept] if kind == 'ForMaskedLM' else answers[0])
+
+
+def test_no_text_loses_a_character(tmp_path):
+    "What the full vocabulary of mini covers, the trimmed one covers: no more <unk>, and the same text"
+    from transformers import AutoTokenizer
+    trimmed = trim_vocabulary(mini_path(), ['lamp'], tmp_path/'o')
+    full, less = (AutoTokenizer.from_pretrained(o) for o in (mini_path(), trimmed))
+    texts = ['Ωμέγα 龘ᚠ', 'đánh thức tôi', 'ปลุกฉัน', '点亮灯', *odd_texts({'ﬁ':0, '½':0, 'ｶ':0}, 300)]
+    for t in texts:
+        a, b = full(t).input_ids, less(t).input_ids
+        assert a.count(3) == b.count(3), t
+        assert full.decode(a).replace(' ', '') == less.decode(b).replace(' ', ''), t
