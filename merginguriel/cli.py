@@ -225,7 +225,7 @@ def _value(text):
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each
-    base:str=None, # Pretrained base: 'mini', a folder or a hub name; left out where the method needs none
+    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; left out where the method needs none
     weights:str=None, # One weight per source, as .5,.5 or en-US=.5,de-DE=.5; without it, the method's own
     hp:str='', # Hyperparameters of the method, as density=.1,scale=1
     config:str=None, # A mergekit recipe (YAML) in place of sources, base, weights, method and hp
@@ -266,7 +266,7 @@ def _merge_recipe(config, out, given, options):
 @command('audit', lambda argv: declared('audit.audit', 'exclude digests'))
 def audit_command(
     merged:str, # Merged model: folder or file
-    base:required, # Pretrained base: 'mini', a folder or a hub name
+    base:required, # Pretrained base: 'mini', 'e5', a folder or a hub name
     sources:required, # Models as en-US=path,de-DE=path, or a folder with one model folder each
     weights:str=None, # What was meant, as .5,.5 or en-US=.5,de-DE=.5; without it, what the record says
     json:str=None, # JSON file to write the report to
@@ -286,7 +286,7 @@ def audit_command(
 @command('match-base', lambda argv: declared('base_model.match_base', 'out seed new_head allow_generic '
     'allow_pickle'))
 def match_base_command(
-    pretrained:str, # 'mini', or folder or hub name of an encoder, a masked language model, or a classifier
+    pretrained:str, # 'mini', 'e5', folder or hub name of an encoder, a masked language model, or a classifier
     reference:str, # Folder or hub name of a classifier fine-tuned from it
     **options, # Those of `match_base`
 ):
@@ -307,7 +307,7 @@ def _action(argv):
     if name not in _actions: return []
     f,*params = _actions[name].split() or ['']
     text = lambda k,comment,default=inspect.Parameter.empty: option(k, str, default, comment)
-    more = dict(fit=[text('base', "Pretrained base: 'mini', a folder or a hub name"),
+    more = dict(fit=[text('base', "Pretrained base: 'mini', 'e5', a folder or a hub name"),
         text('sources', 'Models as en-US=path,de-DE=path, or '
         'a folder with one model folder each'), text('hp', 'Options of the kind, as '
         'by=linkage,inner=ties,density=.2', '')],

@@ -194,7 +194,7 @@ def _cka(models, texts, cache, o, progress):
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #305a197e
 def compute_compatibility_matrix(
     models_dir:str, # Folder with one model folder per locale, the locale in its name
-    pretrained:str, # Model that they were fine-tuned from: 'mini', a folder, or a name on the hub
+    pretrained:str, # Model that they were fine-tuned from: 'mini', 'e5', a folder, or a name on the hub
     metric:str='both', # 'task_vector_cosine', 'cka' or 'both'
     output_dir:str='nxn_results/compatibility_matrix', # Folder to write the matrices and the log to
     locales:str='', # Locales to compare, comma separated; '': those found. Without a model, a row is NaN

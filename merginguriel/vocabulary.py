@@ -8,10 +8,10 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/vocabulary.html.md"""
 __all__ = ['used_pieces', 'kept_ids', 'made_once', 'keep_pieces', 'trim_vocabulary']
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #e0a22d69
-"""In a multilingual encoder most of the values are word vectors, and most of them belong to words that a study never meets.
-`trim_vocabulary` leaves those out of a base or a classifier: on the texts it was given, the smaller model cuts the same pieces
-and answers the same. Every single character that the vocabulary has stays, so that another text is cut into smaller pieces, and
-loses nothing."""
+"""In a multilingual encoder most of the values are word vectors, and most of them belong to words that a
+study never meets. `trim_vocabulary` leaves those out of a base or a classifier: on the texts it was
+given, the smaller model cuts the same pieces and answers the same. Every single character that the
+vocabulary has stays, so that another text is cut into smaller pieces, and loses nothing."""
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #55dc9e10
 import json,re,shutil
@@ -22,14 +22,15 @@ from .checkpoint import *
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #f05d06f7
 def _backend(base):
-    "The tokenizer of `base` as AutoTokenizer makes it, and its description; only unigram tokenizers are trimmed"
+    "The tokenizer of `base` as AutoTokenizer makes it, and its description; a unigram model, or an error"
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(base)
     backend = getattr(tok, 'backend_tokenizer', None)
     spec = json.loads(backend.to_str()) if backend else {}
     if (kind := spec.get('model', {}).get('type'))=='Unigram': return tok,spec
-    raise IncompatibleError(f"the tokenizer of {base} is {kind or type(tok).__name__}; a unigram tokenizer (XLM-RoBERTa, mini, e5) "
-        "can be trimmed, because it cuts a text in the same way as long as the pieces of that text are there")
+    raise IncompatibleError(f"the tokenizer of {base} is {kind or type(tok).__name__}; a unigram tokenizer "
+        "(XLM-RoBERTa, mini, e5) can be trimmed, because it cuts a text in the same way as long as the "
+        "pieces of that text are there")
 
 def used_pieces(
     base, # Model folder with a unigram tokenizer
@@ -60,14 +61,18 @@ def kept_ids(
 def _renumber(spec, ids):
     "The tokenizer with the pieces `ids` only"
     new = {o:i for i,o in enumerate(ids)}
-    model = spec['model']|dict(vocab=[spec['model']['vocab'][i] for i in ids], unk_id=new[spec['model']['unk_id']])
+    vocab = spec['model']['vocab']
+    model = spec['model']|dict(vocab=[vocab[i] for i in ids], unk_id=new[spec['model']['unk_id']])
     added = [o|dict(id=new[o['id']]) for o in spec['added_tokens']]
     def walk(o):
         if isinstance(o, list): return [walk(v) for v in o]
         if not isinstance(o, dict): return o
-        return {k: [new[i] for i in v] if k=='ids' else new[v] if k=='pad_id' else walk(v) for k,v in o.items()}
-    return spec|dict(model=model, added_tokens=added, post_processor=_renumber_template(spec['post_processor'], new, walk),
-        padding=walk(spec['padding']))
+        plain = {k:walk(v) for k,v in o.items()}
+        if 'ids' in o: plain['ids'] = [new[i] for i in o['ids']]
+        if 'pad_id' in o: plain['pad_id'] = new[o['pad_id']]
+        return plain
+    template = _renumber_template(spec['post_processor'], new, walk)
+    return spec|dict(model=model, added_tokens=added, post_processor=template, padding=walk(spec['padding']))
 
 def _renumber_template(o, new, walk):
     "Template, or the pair of (token, id) of a BERT or RoBERTa post-processor"
@@ -83,28 +88,34 @@ def _smaller_config(config, ids, rows, digest):
     tokens = {k:moved(v) for k,v in config.items() if k.endswith('_token_id')}
     return config|tokens|dict(vocab_size=len(ids), trimmed=dict(pieces=len(ids), of=rows, digest=digest))
 
-_rows = r'(^|\.)((word_embeddings|embed_tokens|tok_embeddings)\.weight$|(lm_head|cls\.predictions|vocab_projector|generator_lm_head)\b)'
+_word_vectors = r'(word_embeddings|embed_tokens|tok_embeddings)\.weight$'
+_word_heads = r'(lm_head|cls\.predictions|vocab_projector|generator_lm_head)\b'
+_rows = rf'(^|\.)({_word_vectors}|{_word_heads})'
 
 def _smaller_tensors(c, ids, rows):
     "The tensors, with the rows `ids` of those that have one for each piece"
     cut = {k for k in c if re.search(_rows, k) and c.shape(k)[:1]==(rows,)}
-    if not cut: raise IncompatibleError(f"no word vectors with {rows:,} rows (vocab_size) in {c.path}; it has {c.keys()[:3]}")
+    if not cut:
+        raise IncompatibleError(f"no word vectors with {rows:,} rows (vocab_size) in {c.path}; it has "
+            f"{c.keys()[:3]}")
     return {k: c.read(k)[ids] if k in cut else c.read(k) for k in c}
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #a78fb2f9
 def _smaller_card(folder, ids, rows, digest):
     "The card of `folder`, and what was done"
-    path = Path(folder)/'README.md'
-    text = path.read_text(encoding='utf-8').rstrip() if path.is_file() else '# A model with a smaller vocabulary'
-    return (f"{text}\n\n## A smaller vocabulary\n\n{len(ids):,} of {rows:,} word vectors are kept, by merginguriel's `trim_vocabulary`: those of "
-        "the pieces that a set of texts is cut into, and all pieces of one character. On those texts the model answers as the one it was made "
-        f"from, whose tensors have the SHA-256 `{digest}`. Other texts are cut into smaller pieces.\n")
+    path,text = Path(folder)/'README.md','# A model with a smaller vocabulary'
+    if path.is_file(): text = path.read_text(encoding='utf-8').rstrip()
+    return (f"{text}\n\n## A smaller vocabulary\n\n{len(ids):,} of {rows:,} word vectors are kept, by "
+        "merginguriel's `trim_vocabulary`: those of the pieces that a set of texts is cut into, and all "
+        "pieces of one character. On those texts the model answers as the one it was made from, whose "
+        f"tensors have the SHA-256 `{digest}`. Other texts are cut into smaller pieces.\n")
 
 def _tokenizer_config(tok):
     "What AutoTokenizer needs beside tokenizer.json"
     special = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
     return dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=min(tok.model_max_length, 10**9),
-        padding_side=tok.padding_side, truncation_side=tok.truncation_side, model_input_names=tok.model_input_names, **special)
+        padding_side=tok.padding_side, truncation_side=tok.truncation_side,
+        model_input_names=tok.model_input_names, **special)
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #a59a7092
 def made_once(
