@@ -110,7 +110,7 @@ def _start(base, digest, labels, head, out):
 def fit_tasks(
     tasks:dict, # From `text_tasks`
     out:str|Path, # Folder for the models; those that are there are not trained again
-    base='mini', # 'mini', 'toy', or the folder or hub name of an encoder
+    base='mini', # 'mini', 'e5', 'toy', or the folder or hub name of an encoder
     seed:int=0, # Of the order, of dropout and, with 'joint', of the classifiers
     *,
     head:str='names', # 'names': as `name_head` makes it, not trained; 'joint': drawn, and trained

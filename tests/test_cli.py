@@ -323,9 +323,9 @@ def test_run_demo_and_report(here, capfd):
     "The main job on toy data: from one line typed to the sentence, and its rows to a table"
     code, out, _ = typed('run exctar --target sq-AL --world toy --k 1 --methods linear --out r', capfd)
     assert code == 0 and out.startswith('executed notebook: r/sq-AL-toy-exctar.ipynb\n') and Path('r/sq-AL-toy-exctar.ipynb').is_file()
-    assert 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    assert 'sq-AL, ExcTar (parallel base; touched: base: parallel text of the target): linear of ' in out
     code, out, _ = typed('demo --target sq-AL --world toy --out r', capfd)
-    assert code == 0 and 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    assert code == 0 and 'sq-AL, ExcTar (parallel base; touched: base: parallel text of the target): linear of ' in out
     code, out, err = typed('report --store r/store.sqlite --target sq-AL', capfd)
     assert code == 0 and out.count('| ExcTar, zero-shot, toy, toy, uriel, proportional, k=') == 2
     own = re.findall(r'^\| (\w+) \| sq-AL \| test \| own \| baseline \| (\S+) \| (\S+) \| (\S+) \| 1 \| 0.000 \| 96 \| (\w{8}) \|$', out, re.M)

@@ -8,7 +8,9 @@ import pytest
 
 from merginguriel.core import ContractError,MissingDataError
 from merginguriel.locales import study_locales
-from merginguriel.selection import TARGET_INFO,check_contract,select_sources,sinkhorn,touched_by
+from merginguriel.card import base_seen
+from merginguriel.mini import mini_path
+from merginguriel.selection import TARGET_INFO,base_touches,check_contract,select_sources,sinkhorn,touched_by
 from merginguriel.similarity import feature_sets,observed_features,real_similarity,uriel_similarity
 import merginguriel.similarity as similarity_module
 
@@ -144,6 +146,24 @@ def test_contract_table():
                 r = check_contract(include, [o])
                 assert r['stamp']!='oracle' and r['mode']==('IncTar' if include else 'ExcTar')
                 assert json.loads(json.dumps(r))==r
+
+def test_parallel_text_is_said():
+    assert check_contract(False, ['unlabelled_train','parallel_text'])['stamp']=='parallel'
+    assert check_contract(True, ['unlabelled_train','parallel_text'])['stamp']=='supervised'
+    assert check_contract(False, ['unlabelled_test','parallel_text'])['stamp']=='transductive'
+
+@pytest.mark.parametrize('target,words,stamp', [('sq-AL', ['base: parallel text of the target'], 'parallel base'),
+    ('sv-SE', ['base: never read the language'], 'zero-shot'), ('zh-CN', ['base: never read the language'], 'zero-shot'),
+    ('he-IL', ['base: never read the language'], 'zero-shot')])
+def test_what_the_shipped_base_has_read(target, words, stamp):
+    touched = base_touches(base_seen(mini_path()), target)
+    assert touched==words and check_contract(False, touched)['stamp']==stamp
+    assert check_contract(False, {*touched,'unlabelled_dev'})['stamp']=='unsupervised'
+
+def test_a_base_of_ordinary_text_touches_nothing_of_a_language_it_reads():
+    web = dict(locales=[], parallel=False, languages=['no','sv'], corpora=['CC-100'])
+    assert [base_touches(web,o) for o in ('sv-SE','nb-NO','cy-GB')]==[[],[],['base: never read the language']]
+    assert base_touches(None,'cy-GB')==[]
 
 def test_contract_of_real_selection():
     s = real_similarity(random_similarity(5))

@@ -2,15 +2,18 @@
 import json,os,shutil,signal,subprocess,sys,time
 from dataclasses import asdict,fields
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel,Dataset,Features,Value
 import merginguriel.train as T
+from merginguriel.adapt import adapted
 from merginguriel.base_model import *
 from merginguriel.checkpoint import *
 from merginguriel.core import *
 from merginguriel.data import *
 from merginguriel.evaluate import *
+from merginguriel.experiment import Experiment
 from merginguriel.toy import *
 from merginguriel.train import *
 
@@ -527,3 +530,37 @@ def test_the_ids_that_went_in_are_kept(base, tmp_path):
     r = training_record(finetune(base, part, tmp_path/'out', epochs=1))
     assert [int(o) for o in r['ids'].split()]==sorted(part['id'][:])
     assert training_record(finetune(base, part.remove_columns('id'), tmp_path/'none', epochs=1))['ids'] is None
+
+# experiments on halves
+
+def toy_experiment(**kw): return Experiment('sq-AL', dataset='toy', base='toy', k=2, **kw)
+ada = ({'method':'adamerging','text':'train','steps':2},)
+
+def test_an_id_from_before_halves_holds():
+    "The fields of an experiment that uses none of what came later are hashed as ever"
+    e = toy_experiment()
+    c = {k:v for k,v in asdict(e).items() if k not in ('halves','compatibility','shuffled')}
+    assert e.config()==c|dict(contract=dict(mode='ExcTar', touched=['none'], stamp='zero-shot'))
+    assert e.id==config_hash(e.config()) and toy_experiment(halves=True).id!=e.id
+
+def test_parallel_text_is_stamped_and_halves_are_not():
+    assert toy_experiment(methods=ada).contract()['stamp']=='parallel'
+    assert toy_experiment(methods=ada, halves=True).contract()['stamp']=='unsupervised'
+    assert toy_experiment(methods=({'method':'adamerging','text':'dev'},)).contract()['stamp']=='unsupervised'
+
+@pytest.mark.parametrize('halves,shared', [(True,0),(False,96)])
+def test_adaptation_says_how_much_of_its_text_the_sources_know(tmp_path, halves, shared):
+    e = toy_experiment(methods=ada, halves=halves, options=dict(epochs=1))
+    models = {o:e.train(o, tmp_path) for o in ('en-US','de-DE')}
+    out = e.merge_one(ada[0], models, pd.Series({'en-US':.5,'de-DE':.5}), tmp_path)
+    record = adapted(out)[0]
+    assert record['shared_ids']==shared and record['texts']==len(e.dataset_of('sq-AL','train','B'))
+    assert {len(training_record(o)['ids'].split()) for o in models.values()}=={len(e.dataset_of('en-US','train'))}
+
+def test_a_model_in_the_shared_folder_is_used_only_when_it_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv('MERGINGURIEL_MODELS', str(tmp_path/'shared'))
+    (tmp_path/'shared/en-US-1').mkdir(parents=True)
+    assert model_place('en-US-1', tmp_path)==tmp_path/'models/en-US-1'
+    (tmp_path/'shared/en-US-1/training_record.json').write_text('{}')
+    assert model_place('en-US-1', tmp_path)==tmp_path/'shared/en-US-1'
+    assert model_place('en-US-1', tmp_path, tmp_path/'mine')==tmp_path/'mine/en-US-1'
