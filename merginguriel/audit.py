@@ -27,7 +27,6 @@ from .core import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
-from .task_vector import _say
 from .recovery import *
 
 # %% ../nbs/2_merging/15_audit.ipynb #1b8cb249
@@ -312,7 +311,7 @@ def _head(a):
     if lost:
         a.head = dict(status='lost', missing=lost)
         lm = [k for k in a.m.opened['the merged model'] if k.split('.')[0] in ('lm_head','cls','vocab_projector','generator_lm_head')]
-        return (yield _fault('head lost', f"It lacks {_say(lost)}, of the classifier"
+        return (yield _fault('head lost', f"It lacks {some_tensor_names(lost)}, of the classifier"
             +f", and has the head of a language model instead ({''.join(lm[:1])})"*bool(lm)))
     if bad := [k for k in a.m.heads if k not in mine]:
         a.head = dict(status='foreign', tensors=bad)
@@ -376,7 +375,7 @@ def _misfits(a):
     for k in a.m.files:
         for keys,what in ((a.m.lack[k],'lacks'),(a.m.other[k],'has in another shape')):
             keys = [o for o in keys if o not in a.m.heads]
-            if keys: yield _fault('tensors', f"{k} {what} {_say(keys)}, which {a.m.first} has")
+            if keys: yield _fault('tensors', f"{k} {what} {some_tensor_names(keys)}, which {a.m.first} has")
 
 def _changed_files(a):
     if a.record is None: raise MissingDataError("digests=True compares files with merge_record.json, which the merged model does not have")

@@ -31,6 +31,7 @@ from .core import *
 from .outputs import *
 from .card import *
 from .checkpoint import *
+from .tokenizer import *
 from .base_model import *
 from .task_vector import *
 from .head import *
@@ -220,7 +221,7 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
         sources=used, base=None, base_file=None, keep=keep, max_elements=max_elements if t.elementwise else None, warnings=[])
     heads = set(head_keys(floats))
     if base is not None:
-        p.base_file,p.base,drawn,p.warnings = open_base(base, first, used[first], floats, head)
+        p.base_file,p.base,drawn,p.warnings = open_base(base, first, used[first], floats, head=head)
         heads |= drawn
         if head=='base' and (lack := heads-set(p.base)): raise TensorNamesError(f"head='base', but the base has no "
             f"{min(lack)!r}; choose head='average' or 'best', or give the base a head: match_base(base, {first})")
@@ -229,7 +230,7 @@ def _plan(base, sources, method, weights, head, seed, allow_mixed_heads, allow_g
     p.labels,p.order,say = align_labels(models, first, p.heads, allow_generic)
     p.read_head = head_reader({**opened, **({'the base':p.base} if head=='base' else {})}, p.order)
     if head=='base': check_tensors({'the base':p.base, first:used[first]}, keys=p.heads)
-    more,p.cosine = check_heads(w, p.heads, p.read_head, head, allow_mixed_heads)
+    more,p.cosine = check_heads(w, p.heads, p.read_head, head, allow_mixed=allow_mixed_heads)
     p.warnings += say+more
     p.dtypes = {k:used[first].dtype(k) for k in used[first]}
     for m in used.values(): p.dtypes |= {k:torch.promote_types(p.dtypes[k], m.dtype(k)) for k in floats}

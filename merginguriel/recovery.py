@@ -25,9 +25,8 @@ import torch
 from .core import *
 from .checkpoint import *
 from .base_model import *
-from .base_model import _modern
+from .encoder import *
 from .task_vector import *
-from .task_vector import _in_order,_pick,_stacked
 
 # %% ../nbs/2_merging/10_recovery.ipynb #0a1c416e
 def energy_left(
@@ -66,13 +65,13 @@ def _prefix(keys): return (Counter(k.split('.')[0] for k in keys).most_common(1)
 
 def _named(ckpt, shapes):
     "`ckpt` under the names in `shapes`, with or without a prefix; those that it lacks; those of another shape or kind"
-    have,pre,own = {_modern(k):k for k in ckpt},_prefix(shapes),_prefix(ckpt)
+    have,pre,own = {modern_name(k):k for k in ckpt},_prefix(shapes),_prefix(ckpt)
     places = lambda k: (own+k.removeprefix(pre), own+k, k.removeprefix(pre), k)
     found = {k:have[o] for k in shapes for o in places(k) if o in have}
     try: found |= match_encoder(ckpt, shapes)
     except IncompatibleError: pass # What does not fit is listed
     other = [k for k,o in found.items() if ckpt.shape(o)!=shapes[k] or not ckpt.dtype(o).is_floating_point]
-    fit = {k:ckpt._entry(o) for k,o in found.items() if k not in other}
+    fit = {k:ckpt.entry(o) for k,o in found.items() if k not in other}
     return Checkpoint(ckpt.path, fit),[k for k in shapes if k not in found],other
 
 # %% ../nbs/2_merging/10_recovery.ipynb #3472bca7
@@ -109,7 +108,7 @@ def open_models(
     opened = {k:open_checkpoint(v) for k,v in files.items()}
     ref = opened[min(sources)]
     floats = [k for k in ref if ref.dtype(k).is_floating_point and math.prod(ref.shape(k))]
-    shapes = {k:ref.shape(k) for k in _pick(floats, exclude)}
+    shapes = {k:ref.shape(k) for k in kept_tensors(floats, exclude)}
     views,lack,other = (dict(zip(files, o)) for o in zip(*(_named(v, shapes) for v in opened.values())))
     drawn,folder = {k for k in lack['the base'] if '.pooler.' in f'.{k}'},model_folder(base)
     if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])
@@ -144,7 +143,7 @@ def _measure(m):
         eps = torch.finfo(models['the merged model'].dtype(k)).eps
         for rows in row_blocks(m.shapes[k], 1<<19):
             with one_thread():
-                for x in _stacked(list(models.values()), k, rows):
+                for x in stacked_pieces(list(models.values()), k, rows):
                     gram[i] += products(x.double()).numpy()
                     counts[i] += _count(x, eps).numpy()
         if not np.isfinite(gram[i]).all(): check_values(models, k)
@@ -242,7 +241,7 @@ def recover(
     size = np.array([math.prod(m.shapes[k]) for k in m.body])
     fit = lambda i,tiny=0.: Fit(gram[i].sum(0), float(counts[i,-1].sum()), int(size[i].sum()), tiny)
     where = [tensor_block(k) for k in m.body]
-    blocks = {b:fit([i for i,o in enumerate(where) if o==b]) for b in _in_order(set(where))}
+    blocks = {b:fit([i for i,o in enumerate(where) if o==b]) for b in block_order(set(where))}
     total = counts.sum(0)
     by = dict(zip(_sources, total[:3*n].reshape(3, n)))|dict(zip(_merge, total[3*n:].tolist()))
     return Recovered(m, fit(list(range(len(size))), tiny), blocks, {k:fit([i]) for i,k in enumerate(m.body)}, by)
