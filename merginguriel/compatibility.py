@@ -26,7 +26,6 @@ import pandas as pd
 import torch
 from .core import *
 from .checkpoint import *
-from .checkpoint import _digests,_state
 from .base_model import *
 from .task_vector import *
 from .representation import *
@@ -54,15 +53,16 @@ def _open_models(base, sources):
     ref = next(iter(have.values()))
     floats = [k for k in ref if ref.dtype(k).is_floating_point]
     if isinstance(base, str) and not Path(base).exists(): base = resolve_model(base)
-    ckpt,heads = open_checkpoint(base),head_keys(ref.keys())
+    ckpt = open_checkpoint(base)
+    heads = head_keys(ref.keys())
     found = match_encoder(ckpt, {k:ref.shape(k) for k in floats}) if set(floats)-set(heads) else {}
     found |= {k:k for k in floats if k not in found and k in ckpt and ckpt.shape(k)==ref.shape(k)}
     folder = ckpt.path if ckpt.path and (ckpt.path/'base_record.json').is_file() else None
     drawn = set(base_info(folder)['initialised']) if folder else set()
-    view = Checkpoint(ckpt.path, {k:ckpt._entry(o) for k,o in found.items() if k not in drawn or k in heads})
+    view = Checkpoint(ckpt.path, {k:ckpt.entry(o) for k,o in found.items() if k not in drawn or k in heads})
     return ckpt,view,have,[k for k in floats if k in view],[k for k in heads if k in view]
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #17a1533b
+# %% ../nbs/3_sources/40_compatibility.ipynb #c53b707a
 _arrays = ('gram','along','base','agree','both')
 
 def _grown(old, n):
@@ -71,6 +71,7 @@ def _grown(old, n):
     out[tuple(slice(o) for o in old.shape)] = old
     return out
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #83f87457
 def _load_products(file, tensors, digests):
     "All digests, those asked for among them, and the arrays, NaN where nothing is known"
     shapes = dict(gram=2, along=1, base=0, agree=2, both=2) # Axes of models
@@ -83,11 +84,12 @@ def _load_products(file, tensors, digests):
     known += [o for o in digests if o not in known]
     return known,{k:_grown(v, len(known)) for k,v in arrays.items()}
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #17a1533b
 def _save_products(file, known, arrays):
     if file is None: return
     with atomic_write(file, 'wb') as f: np.savez(f, digests=np.array(known, dtype=str), **arrays)
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #bdea6cc7
+# %% ../nbs/3_sources/40_compatibility.ipynb #e44bc04b
 def measure_products(
     base, # Pretrained model: path, hub name or dictionary of tensors
     sources:dict, # Name -> path or dictionary of tensors, or None for a model that is missing
@@ -99,7 +101,8 @@ def measure_products(
     "Inner products of all pairs, measuring only those that `cache` does not have"
     ckpt,view,have,tensors,heads = _open_models(base, sources)
     said = {k:kept_digest(m, cache) if cache else (k,0) for k,m in {None:ckpt, **have}.items()}
-    digests,read = {k:d for k,(d,_) in said.items()},sum(n for _,n in said.values())
+    digests = {k:d for k,(d,_) in said.items()}
+    read = sum(n for _,n in said.values())
     models = {k:have[k] for k in {digests[k]:k for k in reversed(have)}.values()} # One name for each content
     file = Path(cache)/f'products-{config_hash([digests.pop(None),tensors])}.npz' if cache else None
     known,arrays = _load_products(file, tensors, [digests[k] for k in models])
@@ -109,6 +112,7 @@ def measure_products(
     return Products(tensors, list(sources), heads, **{k:_placed(v, place) for k,v in arrays.items()},
         digests=digests if cache else {}, bytes_read=read)
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #bdea6cc7
 def _placed(a, place):
     "Rows and columns of `a` in the order of the names, NaN for None"
     if a.ndim==1: return a
@@ -116,19 +120,24 @@ def _placed(a, place):
     i = [a.shape[-1] if o is None else o for o in place]
     return padded[:,i] if a.ndim==2 else padded[:,i][:,:,i]
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #9d9805f3
+# %% ../nbs/3_sources/40_compatibility.ipynb #d25a1580
 def _unknown(arrays, t, at, signs):
     "Which of the models at `at` are in a pair that is not known for tensor `t`"
     u = np.isnan(arrays['gram'][t][np.ix_(at,at)])
     if signs: u = u|np.isnan(arrays['agree'][t][np.ix_(at,at)])
     return np.flatnonzero(u.any(1))
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #3664d0a0
 def _fill(arrays, t, rows, g, s):
     "Write what was measured of tensor `t` for the models at `rows`"
-    n,ij = len(rows),np.ix_(rows,rows)
-    arrays['gram'][t][ij],arrays['along'][t][rows],arrays['base'][t] = g[:n,:n],g[:n,n],g[n,n]
+    n = len(rows)
+    ij = np.ix_(rows,rows)
+    arrays['gram'][t][ij] = g[:n,:n]
+    arrays['along'][t][rows] = g[:n,n]
+    arrays['base'][t] = g[n,n]
     if s is not None: arrays['agree'][t][ij],arrays['both'][t][ij] = s
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #9d9805f3
 def _measure(base, models, at, tensors, arrays, signs, save, save_every, progress):
     "Fill what is unknown in `arrays`, tensor by tensor; bytes read"
     from tqdm.auto import tqdm
@@ -137,7 +146,8 @@ def _measure(base, models, at, tensors, arrays, signs, save, save_every, progres
     check_tensors(models)
     names = [*models]
     size = lambda k,i: sum(math.prod(m.shape(k))*m.dtype(k).itemsize for m in (base, *(models[names[o]] for o in i)))
-    read,last = 0,time.monotonic()
+    read = 0
+    last = time.monotonic()
     with tqdm(total=sum(size(k, i) for _,k,i in todo), disable=not progress, unit='B', unit_scale=True, leave=False) as bar:
         try:
             for t,k,i in todo:
@@ -151,7 +161,7 @@ def _measure(base, models, at, tensors, arrays, signs, save, save_every, progres
         finally: save()
     return read
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #a2e979dc
+# %% ../nbs/3_sources/40_compatibility.ipynb #47445e1f
 def _chosen(p, embeddings, head, block=None):
     "Which tensors of `p` count, (T,)"
     if embeddings not in ('all','no_embeddings'): raise ValueError(f"embeddings is 'all' or 'no_embeddings'; got {embeddings!r}")
@@ -163,10 +173,12 @@ def _chosen(p, embeddings, head, block=None):
     if not use.any(): raise ValueError(f"embeddings={embeddings!r}, head={head} leave none of the {len(use)} tensors")
     return use
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #9d2ad73f
 def _frame(m, names): return pd.DataFrame(m, index=list(names), columns=list(names))
 
 def _cosine(p, use, off_base):
-    gram,along = p.gram[use].sum(0),p.along[use].sum(0)
+    gram = p.gram[use].sum(0)
+    along = p.along[use].sum(0)
     g = gram-np.outer(along, along)/p.base[use].sum() if off_base else gram
     length = np.diag(g).copy()
     length[~(length>1e-12*np.diag(gram))] = np.nan # Nothing is left, and so no direction
@@ -174,6 +186,7 @@ def _cosine(p, use, off_base):
     np.fill_diagonal(c, np.where(np.isnan(length), np.nan, 1))
     return _frame(c, p.names)
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #a2e979dc
 def _measured(base, sources, cache, signs=False, progress=False):
     if isinstance(base, Products): return base
     return measure_products(base, sources, signs, cache, progress=progress)
@@ -221,16 +234,18 @@ def sign_agreement(
     both = p.both[use].sum(0)
     return _frame(p.agree[use].sum(0)/np.where(both>0, both, np.nan), p.names)
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #cd1dcc0c
+# %% ../nbs/3_sources/40_compatibility.ipynb #5177d302
 def _directions(tau, rank, side):
     "Leading `rank` left (out) or right (in) singular vectors, as columns; None where there are fewer"
     x = tau.double() if side=='out' else tau.double().T
     wide = x.shape[0]<=x.shape[1]
     values,vectors = torch.linalg.eigh(x@x.T if wide else x.T@x)
-    values,vectors = values[-rank:],vectors[:,-rank:]
+    values = values[-rank:]
+    vectors = vectors[:,-rank:]
     if not values[0]>1e-10*values[-1]: return None
     return vectors if wide else x@vectors/values.sqrt()
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #cd1dcc0c
 def _matrices(view, tensors, rank):
     keys = [k for k in tensors if len(view.shape(k))==2 and min(view.shape(k))>=rank and tensor_block(k).startswith('layer')]
     if not keys or rank<1: raise ValueError(f"no layer has a matrix with rank={rank} directions; take a rank from 1 to its sides")
@@ -254,7 +269,7 @@ def subspace_overlap(
     with np.errstate(invalid='ignore'): m = _frame(total[0]/total[1], have)
     return m.reindex(index=list(sources), columns=list(sources))
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #2f6650e4
+# %% ../nbs/3_sources/40_compatibility.ipynb #7f4ce978
 def _similarity_weights(w):
     s = pd.Series(w, dtype='float64')
     if not s.index.is_unique: raise ValueError(f"a source has two weights: {list(s.index)}")
@@ -262,6 +277,7 @@ def _similarity_weights(w):
         raise ValueError(f"similarity weights are finite, 0 or more, and not all 0; got {s.to_dict()}")
     return s/s.sum()
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #2f6650e4
 def mean_compatibility(
     names, # Sources that are merged together, at least two
     matrix:pd.DataFrame, # Compatibility, names × names
@@ -271,7 +287,8 @@ def mean_compatibility(
     if lack := [o for o in names if o not in matrix.index or o not in matrix.columns]:
         raise MissingDataError(f"no compatibility of {', '.join(lack)}; the matrix has {', '.join(map(str, matrix.index))}")
     c = matrix.loc[names,names].to_numpy(dtype='float64', copy=True)
-    missing,off = np.isnan(c),~np.eye(len(names), dtype=bool)
+    missing = np.isnan(c)
+    off = ~np.eye(len(names), dtype=bool)
     bad = np.diag(missing) if np.diag(missing).any() else (missing&off).any(1)
     if bad.any(): raise MissingDataError(f"the compatibility of {', '.join(o for o,b in zip(names, bad) if b)} is NaN: the model was "
         "missing, or has no direction; compute the matrix with it, or leave it out")
@@ -301,10 +318,11 @@ def shuffled(
     p = np.random.default_rng(derive_seed(seed, 'shuffled compatibility')).permutation(len(matrix))
     return pd.DataFrame(matrix.to_numpy()[np.ix_(p,p)], index=matrix.index, columns=matrix.columns)
 
-# %% ../nbs/3_sources/40_compatibility.ipynb #cc65e517
+# %% ../nbs/3_sources/40_compatibility.ipynb #a64805ca
 matrix_files = {'task_vector_cosine':'task_vector_cosine_matrix.csv', 'cka':'cka_matrix.csv'} # Metric -> file of its matrix
 _weightings = {'similarity_x_tv_compatibility':'task_vector_cosine', 'similarity_x_cka_compatibility':'cka'}
 
+# %% ../nbs/3_sources/40_compatibility.ipynb #cc65e517
 class CompatibilityWeightCalculator:
     "Weights from the matrices that `python -m merginguriel.compute_compatibility_matrix` wrote"
     def __init__(self,
@@ -369,7 +387,8 @@ def plot_compatibility(
 ): # The axes
     "Heat map of `matrix`; grey where unknown"
     import matplotlib.pyplot as plt
-    off,order = matrix.mask(np.eye(len(matrix), dtype=bool)),compatibility_order(matrix, by)
+    off = matrix.mask(np.eye(len(matrix), dtype=bool))
+    order = compatibility_order(matrix, by)
     ax = ax or plt.subplots(figsize=(2+.3*len(order), 1.4+.3*len(order)))[1]
     ax.set_facecolor('.8')
     im = ax.imshow(off.loc[order,order], cmap='viridis')

@@ -32,6 +32,7 @@ from .card import *
 
 # %% ../nbs/2_merging/20_merge.ipynb #c818d8ea
 from .checkpoint import *
+from .tokenizer import *
 from .base_model import *
 from .task_vector import *
 from .head import *

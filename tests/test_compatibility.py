@@ -11,6 +11,7 @@ from merginguriel.compatibility import *
 from merginguriel.compute_compatibility_matrix import compute_compatibility_matrix, find_models, main, model_features, shared_texts
 from merginguriel.core import CheckpointError, IncompatibleError, MissingDataError
 from merginguriel.representation import *
+from merginguriel.tensor_files import entry_bytes
 from merginguriel.task_vector import TensorNamesError, task_vector, task_vector_gram
 from merginguriel.toy import toy_base, toy_locales, toy_rows, toy_sources
 
@@ -33,10 +34,10 @@ def fetched(monkeypatch):
         seen[k] = seen.get(k, 0)+n
     def read_and_count(self, k, *args, **kw):
         t = read(self, k, *args, **kw)
-        count(self._entry(k).where, t.nbytes)
+        count(self.entry(k).where, t.nbytes)
         return t
     def hash_and_count(e):
-        count(e.where, checkpoint._nbytes(e))
+        count(e.where, entry_bytes(e))
         return hashed(e)
     monkeypatch.setattr(checkpoint.Checkpoint, 'read', read_and_count)
     monkeypatch.setattr(checkpoint, '_hash', hash_and_count)
