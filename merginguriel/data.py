@@ -412,6 +412,7 @@ def load_intents(
     locale:str, # Locale as MASSIVE writes it, e.g. 'cy-GB'
     split:str, # 'train', 'dev' or 'test'
     seed:int=0, # For `home` and for files without splits: another seed is another split
+    *,
     labels=None, # Label names; None: all of the source's. `home`: the intents to build
     text_column:str='text', # Of a file: its column of texts
     label_column:str='label', # Of a file: its column of label names

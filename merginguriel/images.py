@@ -30,8 +30,8 @@ from .checkpoint import *
 from .base_model import *
 from .pictures import *
 from .pictures import _signed
+from .classifier import *
 from .train import *
-from .train import _epochs,_step
 from .evaluate import *
 from .arithmetic import *
 
@@ -88,7 +88,7 @@ def _pretrain(model, x, y, n_classes, steps, seed, progress):
         z = model(xb).logits.split([n_classes,*_pretexts.values()], 1)
         loss = sum(F.cross_entropy(o, t) for o,t in zip(z, [y[b],*ways.values()]))
         loss.backward()
-        _step(opt, schedule, 1.)
+        optimiser_step(opt, schedule, 1.)
         losses.append(loss.item())
     return losses
 
@@ -206,13 +206,14 @@ def _fit(model, task, o, seed, key, state_file, progress):
         for b in np.array_split(np.random.default_rng(order).permutation(len(y)), n):
             loss = F.cross_entropy(model(pixel_values=task.pixels('train', b).to(device)).logits, y[b].to(device))
             loss.backward()
-            _step(opt, schedule, o.clip)
+            optimiser_step(opt, schedule, o.clip)
             total += loss.item()*len(b)/len(y)
             tick()
         if not math.isfinite(total): raise ValueError(f"the loss of {task.name} is {total}; lower the learning rate ({o.lr})")
         return total
     score = lambda: float(answers_to(model, task, 'dev').mean())
-    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, progress=progress)
+    t = Training(model, opt, schedule, epochs=o.epochs, steps=n, seed=seed, key=key, state_file=state_file)
+    return train_epochs(t, train, score, progress=progress)
 
 # %% ../nbs/6_studies/50_images.ipynb #41687c07
 def finetune_images(

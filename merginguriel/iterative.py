@@ -29,6 +29,7 @@ from .checkpoint import *
 from .base_model import *
 from .merge import *
 from .data import *
+from .options import *
 from .train import *
 from .evaluate import *
 from .significance import *
@@ -121,7 +122,7 @@ def iterate(
                 dict(seed=s, device=device, progress=progress, parts=rounds if kept else 1, **options))
             if momentum and r>1: now = _moved(now, *starts[-2:], momentum)
             starts.append(now)
-            acc = {k:accuracy(p).value for k,p in banked(now, dev, out/'predictions', device).items()}
+            acc = {k:accuracy(p).value for k,p in banked(now, dev, out/'predictions', device=device).items()}
             rows.append(dict(round=r, path=now, **acc, **(dict(mean=np.mean(list(acc.values()))) if acc else {})))
             stop = bool(acc) and r<rounds and bool(_plateau([o['mean'] for o in rows], tol))
             for f in [] if keep else [last]+[here]*(not kept or stop or r==rounds):
@@ -211,7 +212,7 @@ def recipe_scores(
     "Test accuracy of every model on every locale"
     s,rows,tests = Store(store or Path(out)/'store.sqlite'),[],{o:e.dataset_of(o, 'test') for o in locales}
     for name,path in models.items():
-        acc = {o:accuracy(p) for o,p in banked(path, tests, Path(out)/'predictions', device).items()}
+        acc = {o:accuracy(p) for o,p in banked(path, tests, Path(out)/'predictions', device=device).items()}
         config = dict(study='iterative', model=model_digest(path), dataset=e.dataset, trained=sorted(trained), seed=e.seed,
             options=e.options, texts={o:d._fingerprint for o,d in tests.items()})|said
         s.record(config, [a.row(name=name, locale=o, split='test') for o,a in acc.items()])

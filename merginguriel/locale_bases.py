@@ -32,6 +32,7 @@ from .clustering import *
 from .checkpoint import *
 from .bases import *
 from .data import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 from .significance import *

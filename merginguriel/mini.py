@@ -38,8 +38,8 @@ def mini_path(
     path = Path(folder) if folder else Path(merginguriel.__file__).parent/'assets'/'mini'
     missing = [o for o in ('config.json','model.safetensors','tokenizer.json') if not (path/o).is_file()]
     if missing:
-        raise MissingDataError(f"the mini base in {path} lacks {missing}; install the package with its assets "
-            "(`pip install merginguriel`), or rebuild them with `train_mini` on parallel text")
+        raise MissingDataError(f"the mini base in {path} lacks {missing}; install the package with its "
+            "assets (`pip install merginguriel`), or rebuild them with `train_mini` on parallel text")
     return path
 
 # %% ../nbs/4_models/20_mini.ipynb #012363b0

@@ -28,14 +28,14 @@ from .base_model import *
 from .localize import *
 from .home import *
 from .data import *
-from .data import _dataset,_massive_file,_deal
 from .mini import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 from .text_masks import *
 
 # %% ../nbs/6_studies/35_tasks.ipynb #cdb9d238
-def _labelled(rows, names): return _dataset(*map(list, zip(*rows)), names) # Rows (text, name of the label, id)
+def _labelled(rows, names): return text_dataset(*map(list, zip(*rows)), names) # Rows (text, name of the label, id)
 
 def _rows(dataset):
     names = label_names(dataset)
@@ -88,7 +88,7 @@ def home_tasks(
     sets |= dict(device=family, asks={i:'question' if i.removeprefix('Hass') in _asks else 'command' for i in [*family, *good(_asks)]})
     sets = {k:d for k,d in sets.items() if len(set(d.values()))>1}
     if not sets: raise MissingDataError(f"the embedded set has no task for {locale}; it has {', '.join(home_locales())}")
-    return {k:{s:relabelled(load_intents('home', locale, s, seed, list(d)), d) for s in _splits} for k,d in sets.items()}
+    return {k:{s:relabelled(load_intents('home', locale, s, seed, labels=list(d)), d) for s in _splits} for k,d in sets.items()}
 
 def massive_tasks(
     locale:str='en-US', # A locale of MASSIVE
@@ -98,7 +98,7 @@ def massive_tasks(
     data = {s:load_intents('massive', locale, s) for s in _splits}
     out = {k:{s:relabelled(d, names) for s,d in data.items()} for k,names in intent_tasks(label_names(data['train'])).items()}
     if not slots: return out
-    path,_ = _massive_file(locale)
+    path,_ = massive_file(locale)
     df = pd.DataFrame() if path is None else read_table(path, locale)
     if 'annot_utt' not in df.columns: raise MissingDataError("MASSIVE has no column 'annot_utt' here, so its slots are not known; "
         "set MERGINGURIEL_MASSIVE to a folder of <locale>.jsonl (the official archive), or leave `slots` empty")
@@ -142,7 +142,7 @@ def hub_task(
     find = lambda o: next((_hub_rows(d[k], texts.split('+'), label, names) for k in d if k.startswith(o)), [])
     train,dev,test = find('train'),find('validation'),find('test')
     if not test: test,dev = dev,[]
-    if not dev: train,dev = ([r for r in train if (_deal(r[0], 0)=='dev')==o] for o in (False,True))
+    if not dev: train,dev = ([r for r in train if (dealt_split(r[0], 0)=='dev')==o] for o in (False,True))
     if not (train and dev and test): raise MissingDataError(f"{path} has {len(train)} training, {len(dev)} dev and {len(test)} "
         "test texts with labels; all three are needed")
     labels = sorted({l for _,l in train+dev+test})
@@ -287,7 +287,7 @@ def fit_tasks(
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
         folder,labels = inside(out, about, f'{k}-{data}'),label_names(d['train'])
         start = name_head(base, labels, Path(out)/'names'/config_hash([digest, labels])) if head=='names' else base
-        models[k] = finetune(start, d['train'], folder, d['dev'], seed, device, **(dict(head_lr=0.) if head=='names' else {})|options)
+        models[k] = finetune(start, d['train'], folder, dev=d['dev'], seed=seed, device=device, **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
 # %% ../nbs/6_studies/35_tasks.ipynb #f5116939

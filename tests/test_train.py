@@ -12,6 +12,8 @@ from merginguriel.core import *
 from merginguriel.data import *
 from merginguriel.evaluate import *
 from merginguriel.toy import *
+from merginguriel.classifier import *
+from merginguriel.options import *
 from merginguriel.train import *
 
 words,head = 'roberta.embeddings.word_embeddings.weight','classifier.out_proj.weight'
