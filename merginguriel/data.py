@@ -14,8 +14,8 @@ __all__ = ['massive_info', 'data_sets', 'read_table', 'massive_file', 'DataSet',
 `id`. Its labels are a `ClassLabel` whose names are sorted, so that a class has the same number in every
 locale and split. The name `home` stands for the embedded set, `toy` for a made-up world of two intents, and
 `massive` for MASSIVE 1.1, from the hub or from a copy that `MERGINGURIEL_MASSIVE` names. A path may be a CSV,
-JSONL or Parquet file, a folder of them, or a folder that `datasets` saved. The word *none* is text here, never
-a missing value."""
+JSONL or Parquet file, a folder of them, or a folder that `datasets` saved. The word *none* is text here,
+never a missing value."""
 
 # %% ../nbs/4_models/15_data.ipynb #9fc3984e
 import json,os,re
@@ -201,10 +201,11 @@ def _open(name_or_path, text_column, label_column):
 # %% ../nbs/4_models/15_data.ipynb #267be731
 massive_info = dict(license='CC BY 4.0', homepage='https://github.com/alexa/massive',
     description='MASSIVE 1.1',
-    citation='MASSIVE (FitzGerald et al. 2022), CC BY 4.0, built on SLURP (Bastianelli et al. 2020), CC BY 4.0')
-_help = ("Set MERGINGURIEL_MASSIVE to a folder of <locale>.jsonl (the official archive) or to a Parquet file, "
-    "or its folder, with the columns locale, id, partition, intent, utt; or use the embedded set 'home', "
-    "which needs no download")
+    citation='MASSIVE (FitzGerald et al. 2022), CC BY 4.0, built on SLURP (Bastianelli et al. 2020), '
+        'CC BY 4.0')
+_help = ("Set MERGINGURIEL_MASSIVE to a folder of <locale>.jsonl (the official archive) or to a Parquet "
+    "file, or its folder, with the columns locale, id, partition, intent, utt; or use the embedded set "
+    "'home', which needs no download")
 
 # %% ../nbs/4_models/15_data.ipynb #78c0b212
 def _massive_path():
@@ -264,10 +265,10 @@ def _massive_locales():
 @dataclass(frozen=True)
 class DataSet:
     "What is known of a data set that has a name"
-    rows:Callable # (locale, split, seed, labels) -> table with `id`, `text` and `label`, and all label names, sorted
+    rows:Callable # (locale, split, seed, labels) -> table with `id`, `text`, `label`; and all label names
     locales:Callable # Without arguments: the locales it has, sorted
     origin:Callable|None=None # Id -> what the text was made from; None: each text is an origin of its own
-    info:dict=field(default_factory=dict) # Licence, homepage, description and citation, as `DatasetInfo` takes them
+    info:dict=field(default_factory=dict) # Licence, homepage, description and citation of `DatasetInfo`
 
 data_sets = Registry('data set', 'register_data_set') # Name -> `DataSet`
 
@@ -279,7 +280,7 @@ def register_data_set(
     origin=None, # Function: id of a text -> what it was made from; None: each text is an origin of its own
     info:dict|None=None, # Licence, homepage, description and citation, as `DatasetInfo` takes them
 ): # Decorator that returns the function unchanged
-    "Make a function `(locale, split, seed, labels)`, which returns rows and label names, a data set called `name`"
+    "Make a data set called `name` of a function `(locale, split, seed, labels)` that returns rows and labels"
     def _register(fn):
         data_sets.add(name, DataSet(fn, locales, origin, info or {}), fn.__module__)
         return fn
@@ -353,12 +354,12 @@ def text_dataset(
     *,
     info:dict={}, # Licence, homepage, description and citation, as `DatasetInfo` takes them
 ): # `datasets.Dataset` with `text`, `label` and `id`
-    "What `Dataset.from_dict` makes of these lists, fingerprint included, without its walk through every value"
+    "What `Dataset.from_dict` makes of these lists, fingerprint included, without a look at each value"
     import pyarrow as pa
     from datasets import ClassLabel,Dataset,DatasetInfo,Features,Value
     from datasets.table import InMemoryTable
-    features = Features({'text':Value('string'), 'label':ClassLabel(names=names),
-        'id':Value('int64' if isinstance(ids[0],int) else 'string')})
+    kind = 'int64' if isinstance(ids[0],int) else 'string'
+    features = Features({'text':Value('string'), 'label':ClassLabel(names=names), 'id':Value(kind)})
     number = {l:i for i,l in enumerate(names)}
     t = pa.table({'text':text, 'label':[number[o] for o in label], 'id':ids},
         schema=features.arrow_schema.remove_metadata())
@@ -425,10 +426,12 @@ def load_intents(
     else: df,names = _file_rows(name_or_path, locale, split, seed, (text_column,label_column))
     if part: df = df[[half_of(o, name_or_path)==part for o in df.id]]
     if df.empty:
-        raise MissingDataError(f"no train text of {name_or_path} ({locale}) is in part {part}; it has too few")
+        raise MissingDataError(f"no train text of {name_or_path} ({locale}) is in part {part}; "
+            "it has too few")
     if labels is not None: names = _chosen_labels(labels, df, name_or_path)
     ids = _ids(df.id, f'{name_or_path} ({locale}, {split})')
-    return text_dataset(df.text.tolist(), df.label.tolist(), ids, names, info=known.info if known else {})
+    info = known.info if known else {}
+    return text_dataset(df.text.tolist(), df.label.tolist(), ids, names, info=info)
 
 # %% ../nbs/4_models/15_data.ipynb #3384d49b
 def label_names(

@@ -10,8 +10,8 @@ __all__ = ['finetune_options', 'mini_path', 'base_folder', 'train_tokenizer', 'C
 
 # %% ../nbs/4_models/20_mini.ipynb #81160d5e
 """Models can be merged when all of them were fine-tuned from the same pretrained base. The usual bases weigh
-a gigabyte and need a download and a GPU. The mini base weighs 11 MB, comes with the package (`mini_path`), and
-is fine-tuned on one locale in about a minute on two cores. It is an ordinary XLM-RoBERTa folder, which
+a gigabyte and need a download and a GPU. The mini base weighs 11 MB, comes with the package (`mini_path`),
+and is fine-tuned on one locale in about a minute on two cores. It is an ordinary XLM-RoBERTa folder, which
 `AutoModel` and `AutoTokenizer` load. It was trained on parallel sentences without labels: subword vectors
 come from a singular value decomposition of which sentence uses which subword in any language (`svd_vectors`),
 are sharpened by telling sentences apart (`train_vectors`), and are placed in an encoder that at first only
