@@ -263,7 +263,8 @@ def record_nxn(
     for split in ('dev','test'):
         def put(s, t, a): scores.record(configs[t], [a.row(name='own' if s==t else f'source:{s}', locale=t, split=split)])
         data = {o:e.dataset_of(o, split) for o in names}
-        m[split] = nxn(models, data, Path(out)/'predictions', split=split, device=device, progress=progress, kept=kept, keep_going=True, tick=put)
+        m[split] = nxn(models, data, Path(out)/'predictions', split=split, device=device, progress=progress,
+            kept=kept, keep_going=True, tick=put)
         m[split].attrs['runs'] = {t:config_hash(c) for t,c in configs.items()}
     for t,chosen in source_choices(m['dev'].where(m['test'].notna())).iterrows():
         right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True)) for k,s in chosen.items()}

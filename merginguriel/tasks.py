@@ -88,7 +88,8 @@ def home_tasks(
     sets |= dict(device=family, asks={i:'question' if i.removeprefix('Hass') in _asks else 'command' for i in [*family, *good(_asks)]})
     sets = {k:d for k,d in sets.items() if len(set(d.values()))>1}
     if not sets: raise MissingDataError(f"the embedded set has no task for {locale}; it has {', '.join(home_locales())}")
-    return {k:{s:relabelled(load_intents('home', locale, s, seed, labels=list(d)), d) for s in _splits} for k,d in sets.items()}
+    return {k:{s:relabelled(load_intents('home', locale, s, seed, labels=list(d)), d) for s in _splits}
+        for k,d in sets.items()}
 
 def massive_tasks(
     locale:str='en-US', # A locale of MASSIVE
@@ -287,7 +288,8 @@ def fit_tasks(
         data = config_hash([(s,d[s]._fingerprint) for s in ('train','dev')])
         folder,labels = inside(out, about, f'{k}-{data}'),label_names(d['train'])
         start = name_head(base, labels, Path(out)/'names'/config_hash([digest, labels])) if head=='names' else base
-        models[k] = finetune(start, d['train'], folder, dev=d['dev'], seed=seed, device=device, **(dict(head_lr=0.) if head=='names' else {})|options)
+        models[k] = finetune(start, d['train'], folder, dev=d['dev'], seed=seed, device=device,
+            **(dict(head_lr=0.) if head=='names' else {})|options)
     return models
 
 # %% ../nbs/6_studies/35_tasks.ipynb #f5116939
