@@ -219,7 +219,7 @@ def _part(parts, after, dev):
         raise MissingDataError(f"{after} has no optimizer.pt; finetune writes it into a part, "
             "with parts=2 or more")
     if parts==1: return {}
-    return dict(parts=parts, after=after and file_digest(f))
+    return dict(parts=parts, after=file_digest(f) if after else None)
 
 # %% ../nbs/4_models/25_train.ipynb #5154ffe1
 def _listed(data):
