@@ -18,8 +18,10 @@ import torch
 from merginguriel.base_model import *
 from merginguriel.data import *
 from merginguriel.mini import *
+from merginguriel.classifier import *
+from merginguriel.options import *
 from merginguriel.train import *
-from merginguriel.train import _epoch,_optimiser
+from merginguriel.train import _epoch,_optimiser,_Texts
 
 
 def measured(f):
@@ -34,10 +36,11 @@ def finetune_loop(start, ids, labels, o, steps):
     model,tok = load_classifier(start, o.dropout)
     opt,schedule = _optimiser(model, o, steps)
     lengths,count = np.array([len(i) for i in ids]),[]
-    y = torch.tensor(labels)
+    t = Training(model, opt, schedule, epochs=1, steps=steps, seed=0, key="", state_file=Path())
+    x = _Texts(ids, torch.tensor(labels), tok.pad_token_id)
     def run():
         batches = bucketed_batches(lengths, o.batch_size, seed=0)
-        _epoch(model, opt, schedule, batches, ids, y, o, tok.pad_token_id, 'cpu', False, {}, lambda: count.append(1))
+        _epoch(t, x, o, batches, lambda: count.append(1))
         assert len(count)==steps
     return run
 

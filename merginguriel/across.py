@@ -112,7 +112,7 @@ def _members(result):
 def _see(result, models, split, out, device):
     "Name -> predictions of each of `models` for the target's text"
     data = {split:result.experiment.dataset_of(result.experiment.target, split)}
-    return {k:banked(p, data, Path(out)/'predictions', device)[split] for k,p in models.items()}
+    return {k:banked(p, data, Path(out)/'predictions', device=device)[split] for k,p in models.items()}
 
 # %% ../nbs/5_runs/30_across.ipynb #1ad3be50
 def text_scores(
@@ -293,8 +293,8 @@ def record_nxn(
         def put(s, t, a):
             scores.record(configs[t], [a.row(name='own' if s==t else f'source:{s}', locale=t, split=split)])
         data = {o:e.dataset_of(o, split) for o in names}
-        m[split] = nxn(models, data, Path(out)/'predictions', split, device, progress, kept=kept,
-            keep_going=True, tick=put)
+        m[split] = nxn(models, data, Path(out)/'predictions', split=split, device=device, progress=progress,
+            kept=kept, keep_going=True, tick=put)
         m[split].attrs['runs'] = {t:config_hash(c) for t,c in configs.items()}
     for t,chosen in source_choices(m['dev'].where(m['test'].notna())).iterrows():
         right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True))

@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/adapt.html.md"""
 __all__ = ['text_batches', 'team_probabilities', 'check_adaptation', 'seen_by', 'adapt', 'adapted']
 
 # %% ../nbs/4_models/60_adapt.ipynb #6db03324
-"""`adamerge` takes a model in memory and batches of token ids. Here is what is around it for people who have folders and
-sentences: `text_batches` tokenizes texts and drops their labels, `adapt` builds the model, searches for coefficients, merges
-everything with them and keeps the course of the search beside the weights, and `adapted` reads that course back. Labels are
-dropped before anything else happens; a data set that has none does as well."""
+"""`adamerge` takes a model in memory and batches of token ids. This page is for those who have model folders
+and sentences. `text_batches` tokenizes texts and drops their labels. `adapt` builds the model, searches for
+coefficients, merges everything with them and keeps the course of the search beside the weights, and `adapted`
+reads that course back. Labels are dropped before anything else happens, so a data set without labels will
+do."""
 
 # %% ../nbs/4_models/60_adapt.ipynb #eff17fc2
 import inspect,json
@@ -31,6 +32,7 @@ from .coefficients import *
 from .elected import *
 from .adamerging import *
 from .data import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 
@@ -38,6 +40,7 @@ from .evaluate import *
 def text_batches(
     texts, # Data set with the column `text`; labels are not looked at
     tokenizer, # Tokenizer of the sources
+    *,
     batch_size:int=64, # Texts in a batch
     seed:int=0, # Seed of the order
     max_length:int=64, # Tokens kept of a text
@@ -49,7 +52,8 @@ def text_batches(
     def batch(at):
         b = pad([ids[i] for i in at], tokenizer.pad_token_id)
         return b if targets is None else b|dict(targets=torch.as_tensor(np.asarray(targets)[at]))
-    return [batch(at) for at in bucketed_batches(np.array([len(i) for i in ids]), batch_size, seed)]
+    lengths = np.array([len(i) for i in ids])
+    return [batch(at) for at in bucketed_batches(lengths, batch_size, seed)]
 
 # %% ../nbs/4_models/60_adapt.ipynb #f7c61635
 def team_probabilities(
@@ -59,7 +63,9 @@ def team_probabilities(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->np.ndarray: # (n, C), rows sum to 1; labels in the order of the heaviest source
     "The weighted mean of what the sources predict"
-    ref,total,device = model_labels(sources[weights.idxmax()]),0,pick_device(device)
+    ref = model_labels(sources[weights.idxmax()])
+    total = 0
+    device = pick_device(device)
     for k,folder in sources.items():
         m,tok = load_classifier(folder)
         z = logits(m.to(device), tokenize(texts, tok, text_limit(m)), tok.pad_token_id)
@@ -75,20 +81,26 @@ def check_adaptation(
     "Raise on an option that does not exist, or a choice that is not offered, before any work"
     text = options.pop('text', 'dev')
     if text not in ('dev','test','train'): raise ValueError(f"text is 'dev', 'test' or 'train'; got {text!r}")
-    if (p := options.get('prior', 'train'))!='train': raise ValueError(f"prior is 'train', the label shares of the sources; got {p!r}")
+    if (p := options.get('prior', 'train'))!='train':
+        raise ValueError(f"prior is 'train', the label shares of the sources; got {p!r}")
     own = {k for k,p in inspect.signature(adapt).parameters.items() if p.default is not p.empty}
     known = own | {f.name for f in fields(AdaOptions)}
-    for k in set(options)-known: raise TypeError(f"adamerging has no option {k!r}; it takes {', '.join(sorted(known))}")
-    for k,allowed in dict(scope=scopes, constraint=constraints, objective=objectives).items():
+    for k in set(options)-known:
+        raise TypeError(f"adamerging has no option {k!r}; it takes {', '.join(sorted(known))}")
+    choices = dict(scope=scopes, constraint=constraints, objective=objectives)
+    for k,allowed in choices.items():
         if k in options and options[k] not in allowed:
             raise ValueError(f"{k} is one of {', '.join(allowed)}; got {options[k]!r}")
 
-def _search(base, sources, texts, out, weights, batch_size, seed, device, options):
+# %% ../nbs/4_models/60_adapt.ipynb #c94a07f6
+def _search(base, sources, texts, out, weights, *, device, order, options):
+    "Search for coefficients and merge with them; `order` has the batch size and the seed of the texts' order"
     first = weights.idxmax()
-    model,tok = blank_classifier(sources[first], pick_device(device)),load_classifier(sources[first])[1]
+    model = blank_classifier(sources[first], pick_device(device))
+    tok = load_classifier(sources[first])[1]
     soft = options.get('objective')=='soft_labels'
     targets = team_probabilities(sources, texts, weights, device) if soft else None
-    batches = text_batches(texts, tok, batch_size, seed, text_limit(model), targets)
+    batches = text_batches(texts, tok, **order, max_length=text_limit(model), targets=targets)
     result = adamerge(model, base, sources, batches, init=weights, **options)
     merge(base, sources, out, **result.recipe)
     return result
@@ -98,11 +110,18 @@ def seen_by(
     sources:dict, # Name -> model folder
     texts, # Data set, with the column `id` where it has ids
 )->int|None: # None where neither texts nor records have ids
-    "How many of `texts` have the id of a text that one of `sources` was fine-tuned on, as its training record says"
+    "How many of `texts` have the id of a text that, by its training record, one of `sources` was trained on"
     files = [Path(o)/'training_record.json' for o in sources.values()]
     ids = [load_json(f).get('ids') for f in files if f.is_file()]
     if 'id' not in texts.column_names or not any(ids): return None
     return shared_ids(texts, *(o.split(' ') for o in ids if o))
+
+# %% ../nbs/4_models/60_adapt.ipynb #3293db78
+def _write(result, folder):
+    "The course of a search, as tables in `folder`"
+    result.trajectory.to_csv(folder/'trajectory.csv', index=False)
+    result.log.to_csv(folder/'search_log.csv')
+    result.histograms.to_csv(folder/'predicted_classes.csv')
 
 # %% ../nbs/4_models/60_adapt.ipynb #7292279c
 def adapt(
@@ -111,6 +130,7 @@ def adapt(
     texts, # Unlabelled texts of the target: data set with the column `text`
     out:str|Path, # Folder to write
     weights=None, # Name -> weight from which the search starts; None: equal
+    *,
     plus:bool=False, # AdaMerging++: trim the sources and elect signs first
     density:float=.2, # Of `plus`: fraction of values kept in each task vector, in (0, 1]
     batch_size:int=64, # Texts at each step
@@ -121,17 +141,19 @@ def adapt(
     "Learn coefficients from `texts`, merge with them, and keep how it went"
     weights = check_weights(sources, weights)
     with atomic_dir(out) as d:
-        args = (texts, d, weights, batch_size, seed, device, options)
+        order = dict(batch_size=batch_size, seed=seed)
+        how = dict(device=device, order=order, options=options)
         if plus:
             with working_dir(out) as tmp:
-                result = _search(base, elected_sources(base, sources, tmp, density), *args)
-        else: result = _search(base, sources, *args)
-        result.trajectory.to_csv(d/'trajectory.csv', index=False)
-        result.log.to_csv(d/'search_log.csv')
-        result.histograms.to_csv(d/'predicted_classes.csv')
-        record = result.record|dict(shared_ids=seen_by(sources, texts), texts=len(texts), batch_size=batch_size, seed=seed)
-        record |= dict(plus=plus, density=density if plus else None)
-        (d/'adaptation.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+                elected = elected_sources(base, sources, tmp, density)
+                result = _search(base, elected, texts, d, weights, **how)
+        else: result = _search(base, sources, texts, d, weights, **how)
+        _write(result, d)
+        record = result.record|dict(shared_ids=seen_by(sources, texts), texts=len(texts), **order)
+        if not plus: density = None
+        record |= dict(plus=plus, density=density)
+        text = json.dumps(record, indent=1, ensure_ascii=False)
+        (d/'adaptation.json').write_text(text+'\n', encoding='utf-8')
     return result
 
 # %% ../nbs/4_models/60_adapt.ipynb #f2e6d313
@@ -142,4 +164,5 @@ def adapted(
     p = Path(path)
     if not (p/'adaptation.json').is_file():
         raise MissingDataError(f"{path} has no adaptation.json, so it was not written by adapt")
-    return load_json(p/'adaptation.json'),pd.read_csv(p/'trajectory.csv'),pd.read_csv(p/'search_log.csv', index_col='step')
+    log = pd.read_csv(p/'search_log.csv', index_col='step')
+    return load_json(p/'adaptation.json'),pd.read_csv(p/'trajectory.csv'),log

@@ -82,7 +82,7 @@ def finetune_command(
     from merginguriel.train import finetune,training_record
     locale,base,dataset = (options.pop(o) for o in ('locale','base','dataset'))
     train,dev = (load_intents(dataset, locale, o) for o in ('train','dev'))
-    r = training_record(finetune(_base(base), train, out, dev, progress=_tty(), **_given(options)))
+    r = training_record(finetune(_base(base), train, out, dev=dev, progress=_tty(), **_given(options)))
     best = r['history'][r['best_epoch']-1]
     print(f"{out}: {locale}, dev accuracy {best['dev_accuracy']:.4f} in epoch {best['epoch']} of "
         f"{len(r['history'])}, {r['seconds']} s")

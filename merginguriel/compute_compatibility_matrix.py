@@ -34,6 +34,7 @@ from .representation import *
 from .compatibility import *
 from .data import *
 from .mini import *
+from .classifier import *
 from .train import *
 
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #43b67902

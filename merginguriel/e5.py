@@ -26,6 +26,7 @@ from .core import *
 from .outputs import *
 from .card import *
 from .checkpoint import *
+from .registry import *
 from .vocabulary import *
 
 # %% ../nbs/4_models/18_e5.ipynb #9c0607dc
@@ -343,6 +344,7 @@ def write_e5(
 # %% ../nbs/4_models/18_e5.ipynb #6d05f430
 def _e5_key(): return config_hash(dict(file=e5_digest, made=4, finetune=e5_finetune))
 
+@register_base('e5')
 def e5_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of multilingual-e5-small, made in the cache at first use"
     return made_once(cache_dir('e5')/_e5_key(), lambda out: write_e5(read_e5(check_e5(e5_file())), out))
@@ -354,6 +356,7 @@ def e5_massive_pieces()->list: # Ids, ascending
     path = Path(merginguriel.__file__).parent/'assets'/'e5'/'massive.bits'
     return np.flatnonzero(np.unpackbits(np.fromfile(path, dtype=np.uint8))).tolist()
 
+@register_base('e5-massive')
 def e5_massive_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of multilingual E5 with the word vectors of MASSIVE only, made in the cache at first use"
     def make(out):

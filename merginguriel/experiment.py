@@ -331,9 +331,8 @@ def merge_one(self:Experiment,
     path = inside(out, 'merged', f'{self.target}-{name}-{key}')
     with alone(path):
         if (path/'merge_record.json').exists(): return path
-        if own:
-            merge_measured(start, models, own, path, name, weights, Path(out)/'statistics', self.head,
-                self.seed, device, **hp)
+        if own: merge_measured(start, models, own, path, name, weights=weights, cache=Path(out)/'statistics',
+            head=self.head, seed=self.seed, device=device, **hp)
         elif texts is None: merge(start, models, path, name, weights, head=self.head, seed=self.seed, **hp)
         else:
             o = {k:v for k,v in hp.items() if k!='text'}
@@ -375,7 +374,7 @@ def test_models(self:Experiment,
 )->dict: # Name -> `Accuracy`
     "Accuracy of each model on the target's test set"
     data = {self.target:self.dataset_of(self.target,'test')}
-    return {k:accuracy(banked(p, data, Path(out)/'predictions', device)[self.target])
+    return {k:accuracy(banked(p, data, Path(out)/'predictions', device=device)[self.target])
         for k,p in paths.items()}
 
 # %% ../nbs/5_runs/20_experiment.ipynb #eb1a2316

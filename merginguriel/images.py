@@ -30,8 +30,8 @@ from .loading import *
 from .checkpoint import *
 from .base_model import *
 from .pictures import *
+from .classifier import *
 from .train import *
-from .train import _epochs,_step
 from .evaluate import *
 from .arithmetic import *
 
@@ -125,7 +125,7 @@ def _pretrain(model, data, steps, seed, progress):
         z = model(x).logits.split([data.n_classes,*_pretexts.values()], 1)
         loss = sum(F.cross_entropy(o, t) for o,t in zip(z, [data.label[b],*ways.values()]))
         loss.backward()
-        _step(opt, schedule, 1.)
+        optimiser_step(opt, schedule, 1.)
         losses.append(loss.item())
     return losses
 
@@ -289,14 +289,15 @@ def _fit(model, task, o, *, seed, key, state_file, progress):
             z = model(pixel_values=task.pixels('train', b).to(device)).logits
             loss = F.cross_entropy(z, y[b].to(device))
             loss.backward()
-            _step(opt, schedule, o.clip)
+            optimiser_step(opt, schedule, o.clip)
             total += loss.item()*len(b)/len(y)
             tick()
         if not math.isfinite(total):
             raise ValueError(f"the loss of {task.name} is {total}; lower the learning rate ({o.lr})")
         return total
     def score(): return float(answers_to(model, task, 'dev').mean())
-    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, progress=progress)
+    t = Training(model, opt, schedule, epochs=o.epochs, steps=n, seed=seed, key=key, state_file=state_file)
+    return train_epochs(t, train, score, progress=progress)
 
 # %% ../nbs/6_studies/50_images.ipynb #41687c07
 def _write_classifier(folder, model, best, base):

@@ -31,6 +31,7 @@ from .checkpoint import *
 from .base_model import *
 from .merge import *
 from .data import *
+from .options import *
 from .train import *
 from .evaluate import *
 from .significance import *

@@ -25,6 +25,10 @@ from fastcore.basics import patch
 from .core import *
 from .bases import *
 from .validation import *
+from .data import *
+from .classifier import *
+from .train import *
+from .evaluate import *
 from .significance import *
 from .experiment import *
 from .report import *

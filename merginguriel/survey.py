@@ -54,7 +54,8 @@ def survey(
     first = replace(e, methods=tuple(m for m in e.methods if _looks(m)[2]) or ('linear',))
     r = run(first, out, store, device, progress)
     w = e.merged_weights(r.weights)
-    trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'), Path(out)/'predictions', device=device)
+    trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'),
+        bank=Path(out)/'predictions', device=device)
     acc,start = {},time.time()
     for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
         name,hp,_ = _looks(m)

@@ -28,6 +28,7 @@ from .base_model import *
 from .localize import *
 from .data import *
 from .mini import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 from .text_masks import *

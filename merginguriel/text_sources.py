@@ -25,13 +25,12 @@ from .core import *
 from .toy import *
 from .home import *
 from .data import *
-from .data import _dataset,_massive_file,_deal
 
 # %% ../nbs/6_studies/33_text_sources.ipynb #cdb9d238
 def _labelled(rows, names):
     "A data set of rows (text, name of the label, id)"
     texts,labels,ids = map(list, zip(*rows))
-    return _dataset(texts, labels, ids, names)
+    return text_dataset(texts, labels, ids, names)
 
 def _rows(dataset):
     "Rows (text, name of the label, id) of a data set"
@@ -109,7 +108,7 @@ def home_tasks(
 # %% ../nbs/6_studies/33_text_sources.ipynb #f7588d61
 def _named_slots(locale):
     "Id of each utterance of MASSIVE -> the slots that it names"
-    path,_ = _massive_file(locale)
+    path,_ = massive_file(locale)
     df = pd.DataFrame() if path is None else read_table(path, locale)
     if 'annot_utt' not in df.columns:
         raise MissingDataError("MASSIVE has no column 'annot_utt' here, so its slots are not known; "
@@ -197,7 +196,7 @@ def hub_task(
     rows = _hub_splits(spec, names)
     if not rows['test']: rows |= dict(test=rows['dev'], dev=[])
     if not rows['dev']:
-        in_dev = [_deal(text, 0)=='dev' for text,_ in rows['train']]
+        in_dev = [dealt_split(text, 0)=='dev' for text,_ in rows['train']]
         rows['dev'] = [r for r,o in zip(rows['train'], in_dev) if o]
         rows['train'] = [r for r,o in zip(rows['train'], in_dev) if not o]
     if not all(rows.values()):

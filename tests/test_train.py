@@ -15,6 +15,8 @@ from merginguriel.data import *
 from merginguriel.evaluate import *
 from merginguriel.experiment import Experiment
 from merginguriel.toy import *
+from merginguriel.classifier import *
+from merginguriel.options import *
 from merginguriel.train import *
 
 words,head = 'roberta.embeddings.word_embeddings.weight','classifier.out_proj.weight'
