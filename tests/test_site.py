@@ -10,6 +10,8 @@ NBS = ROOT/'nbs'
 DOC_HOST = 'https://merginguriel.github.io/merginguriel/'
 PAGES = ('.ipynb', '.qmd', '.md')
 STAGE = """
+import functools, nbdev.config
+nbdev.config._load_toml = functools.cache(nbdev.config._load_toml) # Asked for each cell
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 refresh_quarto_yml()
