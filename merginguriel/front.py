@@ -8,13 +8,14 @@ Docs: https://merginguriel.github.io/merginguriel/7_command/front.html.md"""
 __all__ = ['front_page', 'described', 'Verb', 'Package', 'open_door']
 
 # %% ../nbs/7_command/40_front.ipynb #f2af5220
-"""What a user of merginguriel needs most often is at hand after `import merginguriel as mu`: reading checkpoints, choosing
-sources, merging, fine-tuning, predicting, and a whole experiment. The import loads nothing heavy and reads no file. A verb is
-looked up in its module when it is first used, and PyTorch is loaded then.
+"""What a user of merginguriel needs most often is at hand after `import merginguriel as mu`: reading
+checkpoints, choosing sources, merging, fine-tuning, predicting, and a whole experiment. The import loads
+nothing heavy and reads no file. A verb is looked up in its module when it is first used, and PyTorch is
+loaded then.
 
-Some verbs have the name of the module that they live in. `mu.merge` is the module `merginguriel.merge`, and calling it calls
-its function `merge`. So `mu.merge(...)`, `from merginguriel.merge import merge` and `import merginguriel.merge as m` mean what
-they say, in whatever order they come."""
+Some verbs have the name of the module that they live in. `mu.merge` is the module `merginguriel.merge`, and
+calling it calls its function `merge`. So `mu.merge(...)`, `from merginguriel.merge import merge` and
+`import merginguriel.merge as m` mean what they say, in whatever order they come."""
 
 # %% ../nbs/7_command/40_front.ipynb #2455dfd9
 import ast,importlib,inspect,io,sys,textwrap,tokenize
@@ -31,7 +32,7 @@ _verbs = dict( # Verb -> module, name in the module, what it is for
     open_checkpoint=('checkpoint', 'open_checkpoint', "a saved model, read tensor by tensor"),
     match_base=('base_model', 'match_base', "the pretrained base in the layout of a fine-tuned model"),
     uriel_similarity=('similarity', 'uriel_similarity', "how alike languages are by their typology"),
-    real_similarity=('similarity', 'real_similarity', "how well each model does on another language, from `nxn`"),
+    real_similarity=('similarity', 'real_similarity', "how well each model does on other languages"),
     select_sources=('selection', 'select_sources', "the sources for a target language, and their weights"),
     methods=('merge', 'methods', "the merge methods by name"),
     merge=('merge', 'merge', "a merged model on disk, from a base and fine-tuned sources"),
@@ -50,8 +51,9 @@ def front_page()->str: # The verbs, a line for each
     "What `help(mu)` says first"
     width = max(map(len, _verbs))
     lines = [f"  {verb:<{width}}  {line}" for verb,(_,_,line) in _verbs.items()]
-    return '\n'.join(["Select, merge and honestly evaluate one fine-tuned intent classifier per language.", '', *lines, '',
-        "`help(mu.merge)` says what each parameter of a verb means. Everything else is in the modules."])
+    first = "Select, merge and honestly evaluate one fine-tuned intent classifier per language."
+    last = "`help(mu.merge)` says what each parameter of a verb means. Everything else is in the modules."
+    return '\n'.join([first, '', *lines, '', last])
 
 # %% ../nbs/7_command/40_front.ipynb #337b150b
 def _comments(source):
@@ -60,7 +62,7 @@ def _comments(source):
     return {t.start[0]:t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
 
 def _parameters(node):
-    "Name -> last line of each parameter of a function, of each field of a class, or of the parameters of its `__init__`"
+    "Name -> last line of each parameter of a function, or of each field of a class, or of its `__init__`"
     if isinstance(node, ast.ClassDef):
         fields = {o.target.id:o.end_lineno for o in node.body if isinstance(o, ast.AnnAssign)}
         start = [o for o in node.body if isinstance(o, ast.FunctionDef) and o.name == '__init__']
@@ -83,7 +85,7 @@ def described(
     comments = _comments(source)
     parameters = _parameters(node)
     returns = getattr(node, 'returns', None)
-    if returns and returns.end_lineno not in parameters.values(): parameters = parameters|dict(returns=returns.end_lineno)
+    if returns and returns.end_lineno not in parameters.values(): parameters['returns'] = returns.end_lineno
     lines = [f"    {name}: {comments[line]}" for name,line in parameters.items() if line in comments]
     return '\n'.join([said, *(['', 'Parameters', *lines] if lines else [])])
 
