@@ -18,22 +18,12 @@ def has(path, k): return k in template_parameters(path)
 def targeted(path): return ['-r', 'target', 'sq-AL'] if has(path, 'target') else []
 
 
-def warm_kernel(folder):
-    "A Jupyter folder below `folder` in which the kernel python3 is a fork of the warm Python; all else is as ipykernel says"
-    from ipykernel.kernelspec import get_kernel_dict
-    spec = get_kernel_dict()
-    where = folder/'kernels/python3'
-    where.mkdir(parents=True, exist_ok=True)
-    (where/'kernel.json').write_text(json.dumps(spec | dict(argv=[*warm.python(), *spec['argv'][1:]])))
-    return str(folder)
-
-
 def papermill(path, folder, *args, new=False):
     "Execute the template at `path` as the README does, in an empty folder with a cache of its own; `new` starts everything anew"
     (folder/'out').mkdir(parents=True, exist_ok=True) # papermill makes no folder
     env = dict(os.environ, MERGINGURIEL_CACHE=str(folder.parent/'cache'), PYTHONDONTWRITEBYTECODE='1', **warm.VARIABLES)
     env.pop('MPLBACKEND', None) # The kernel's own, which puts figures into the notebook
-    if not new: env['JUPYTER_PATH'] = warm_kernel(folder.parent/'jupyter')
+    if not new: env['JUPYTER_PATH'] = warm.kernel(folder.parent/'jupyter')
     command = [*([sys.executable] if new else warm.python()), '-m', 'papermill', str(path), 'out/done.ipynb', '--no-progress-bar']
     return subprocess.run([*command, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 

@@ -205,6 +205,16 @@ def python():
     return [sys.executable, '-I', '-S', __file__]
 
 
+def kernel(folder):
+    "A Jupyter folder below `folder` in which the kernel python3 is a fork of the warm Python; all else is as ipykernel says"
+    from ipykernel.kernelspec import get_kernel_dict
+    spec = get_kernel_dict()
+    where = folder/'kernels/python3'
+    where.mkdir(parents=True, exist_ok=True)
+    (where/'kernel.json').write_text(json.dumps(spec | dict(argv=[*python(), *spec['argv'][1:]])))
+    return str(folder)
+
+
 def cpu_seconds():
     "CPU seconds of all processes that this one has started and that have ended, warm ones among them"
     import resource
