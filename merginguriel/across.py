@@ -30,6 +30,7 @@ from .choose import *
 from .store import *
 from .ensemble import *
 from .experiment import *
+from .gains import *
 from .report import *
 
 # %% ../nbs/5_runs/30_across.ipynb #9aa83b2d

@@ -18,7 +18,7 @@ the order of the labels (`label_permutation`), the initialisation of the head (`
 (`check_tokenizer`), and fields of the configuration. They are checked here, before anything is merged."""
 
 # %% ../nbs/1_tensors/20_base_model.ipynb #e5560ed9
-import json,os,re,warnings
+import json,os,re,shutil,warnings
 from collections import Counter
 from pathlib import Path
 import pandas as pd
@@ -244,6 +244,7 @@ def resolve_model(
     p = Path(name).expanduser()
     if p.is_dir():
         load_json(p/'config.json')
+        refuse_code(p)
         return p
     if p.exists(): raise IncompatibleError(f"{p} is a file; give the folder with its config.json")
     if isinstance(name, Path) or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(name)) or str(name).startswith('.'):
@@ -382,16 +383,17 @@ def _plan(name, folder, kind, labels, shapes, settings, reference, seed, new_hea
     drawn = sorted(k for k in rest if k not in const and (perm is None or k not in ckpt))
     words = _tokenizer_file(folder) or (reference and _tokenizer_file(reference.path))
     name = folder.resolve().name if Path(name).is_dir() else str(name)
+    seen = [o for o in [folder/'seen.json'] if o.is_file()] # What the base was trained on
     record = dict(pretrained=name, pretrained_digest=ckpt.digest(), head='new' if perm is None else 'kept', note=note,
         initialised=drawn, seed=seed if drawn else None, tokenizer=words and words.name)
     config = _config(folder, kind, labels, settings)
     record['key'] = config_hash([1, record['pretrained_digest'], record['seed'], drawn, perm, config,
-        sorted((k,list(s)) for k,s in shapes.items()), words and file_digest(words)])
+        sorted((k,list(s)) for k,s in shapes.items()), words and file_digest(words), *map(file_digest, seen)])
     return dict(ckpt=ckpt, found=found, config=config, shapes=shapes, perm=perm, const=const, reference=reference,
-        words=words),record
+        words=words, seen=seen),record
 
 # %% ../nbs/1_tensors/20_base_model.ipynb #dc3ad681
-def _write_base(d, record, ckpt, found, config, shapes, perm, const, reference, words):
+def _write_base(d, record, ckpt, found, config, shapes, perm, const, reference, words, seen):
     "Write the base of a `_plan` to the folder `d`"
     dt = Counter(ckpt.dtype(k) for k in found.values() if ckpt.dtype(k).is_floating_point).most_common(1)[0][0]
     config = config | {'dtype':str(dt).removeprefix('torch.')}
@@ -406,6 +408,7 @@ def _write_base(d, record, ckpt, found, config, shapes, perm, const, reference, 
     with CheckpointWriter(d, {k:(new[k].dtype if k in new else ckpt.dtype(found[k]), shapes[k]) for k in shapes}) as w:
         for k in shapes: w.write(k, new[k] if k in new else ckpt.read(found[k]))
     if words: copy_model_files(words.parent, d, config=False)
+    for o in seen: shutil.copyfile(o, d/o.name)
     record = record | dict(digest=open_checkpoint(d).digest())
     (d/'base_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding='utf-8')
 

@@ -444,7 +444,7 @@ _tokenizer_files = ['tokenizer.json','tokenizer_config.json','special_tokens_map
 def copy_model_files(
     src, # Model folder, or a file in it
     dst, # Folder to copy to, created when missing
-    config:bool=True, # Copy `config.json` and `generation_config.json`
+    config:bool=True, # Copy `config.json`, `generation_config.json`, and `seen.json`, which says what a base was trained on
     tokenizer:bool=True, # Copy the files of the tokenizer, or of the image processor
 )->list[str]: # Names of the files copied
     "Copy configuration and tokenizer from `src` to `dst`, not the weights"
@@ -452,7 +452,7 @@ def copy_model_files(
     if src.is_file(): src = src.parent
     if config and not (src/'config.json').is_file():
         raise MissingDataError(f"no config.json in {src}; it is not a model folder")
-    names = ['config.json','generation_config.json']*config + _tokenizer_files*tokenizer
+    names = ['config.json','generation_config.json','seen.json']*config + _tokenizer_files*tokenizer
     dst.mkdir(parents=True, exist_ok=True)
     return [n for n in names if (src/n).is_file() and shutil.copyfile(src/n, dst/n)]
 

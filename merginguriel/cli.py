@@ -6,8 +6,9 @@ Docs: https://merginguriel.github.io/merginguriel/7_command/cli.html.md"""
 
 # %% auto #0
 __all__ = ['demo_command', 'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command',
-           'select_command', 'merge_command', 'audit_command', 'match_base_command', 'bases_command', 'compat_command',
-           'sweep_command', 'report_command', 'diff_command', 'import_legacy_command']
+           'finetune_all_command', 'select_command', 'merge_command', 'audit_command', 'match_base_command',
+           'bases_command', 'compat_command', 'sweep_command', 'report_command', 'diff_command',
+           'import_legacy_command']
 
 # %% ../nbs/7_command/30_cli.ipynb #f3753b7a
 """`merginguriel COMMAND --help` says what a command takes. A command reads its arguments, calls the function that does the work and
@@ -62,8 +63,8 @@ def templates_command():
 # %% ../nbs/7_command/30_cli.ipynb #8174dd39
 def _base(name):
     "`name`, or the folder that it stands for"
-    from merginguriel.mini import base_folder
-    return base_folder(name) if name in ('mini','toy') else name
+    from merginguriel.mini import base_folder,named_bases
+    return base_folder(name) if name in named_bases else name
 
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 
@@ -133,6 +134,26 @@ def nxn_command(
     m = nxn(models, data, bank or cache_dir('predictions'), progress=_tty(), **options)
     with output_file(out) as f: m.to_csv(f, index_label='source' if split=='dev' else f'source ({split})')
     print(m.round(3).to_string())
+
+# %% ../nbs/7_command/30_cli.ipynb #b112e053
+@command('finetune-all', lambda argv: declared('experiment.Experiment', 'base dataset halves n_train')
+    + declared('train.finetune', 'device dtype') + declared('train.TrainOptions', optional=True))
+def finetune_all_command(
+    models:str=None, # Folder of the models; without it, the one that the variable MERGINGURIEL_MODELS names
+    locales:str='all', # Locales, comma separated, in this order; all: those of the data set
+    seeds:str='0', # Seeds of the head and of fine-tuning, comma separated
+    **options, # Fields of `Experiment`, and those of `finetune`
+):
+    "Fine-tune the classifiers of many locales and seeds, and say how long the rest takes"
+    from merginguriel.data import available_locales
+    from merginguriel.experiment import Experiment
+    from merginguriel.jobs import train_all
+    from merginguriel.locales import check_locale
+    fields = {k:options.pop(k) for k in 'base dataset halves n_train'.split()}
+    device,known = options.pop('device'),available_locales(fields['dataset'])
+    names = known if locales=='all' else [check_locale(o, known) for o in _split(locales)]
+    es = [Experiment(o, seed=int(s), options=_given(options), **fields) for s in _split(seeds) for o in names]
+    train_all(es, models, device, _tty(), lambda line: print(line, flush=True))
 
 # %% ../nbs/7_command/30_cli.ipynb #8249e99a
 def _similarity(kind, names, features, nxn):

@@ -40,8 +40,8 @@ _verbs = dict( # Verb -> module, name in the module, what it is for
     audit=('audit', 'audit', "what a merged model really contains"),
     Experiment=('experiment', 'Experiment', "one run: target, sources, weights, methods and seeds"),
     run=('experiment', 'run', "an experiment done, from the data to the scores"),
-    gains=('experiment', 'gains', "what each merge gained over the baselines"),
-    answer=('experiment', 'answer', "the outcome in one sentence"),
+    gains=('gains', 'gains', "what each merge gained over the baselines"),
+    answer=('gains', 'answer', "the outcome in one sentence"),
     Store=('store', 'Store', "the scores of all runs, in one file"),
     report=('report', 'report_tables', "tables of what a store says"),
 )

@@ -77,7 +77,7 @@ def seal(
 # %% ../nbs/0_ground/15_outputs.ipynb #251148ed
 _records = ('merge_record.json','training_record.json','base_record.json','adapter_record.json','bases_record.json',
     'bases.json','masks.json','measurement.json','adaptation.json')
-_once = re.compile(r'(README\.md|optimizer\.pt|(generation_|tokenizer_|preprocessor_)?config\.json|(special_tokens_map|added_tokens|'
+_once = re.compile(r'(README\.md|optimizer\.pt|seen\.json|(generation_|tokenizer_|preprocessor_)?config\.json|(special_tokens_map|added_tokens|'
     r'tokenizer|vocab)\.json|vocab\.txt|merges\.txt|[\w.]+\.model|chat_template\.jinja|[\w-]+\.safetensors|'
     r'(trajectory|search_log|predicted_classes)\.csv)')
 
@@ -125,7 +125,7 @@ def amend(
 # %% ../nbs/0_ground/15_outputs.ipynb #384e9643
 def _taken(p, replace):
     "Why the existing path `p` cannot be written, and what to do; None where it can"
-    if p.is_symlink(): return f"is a link to {os.readlink(p)}; give the folder itself"
+    if p.is_symlink(): return f"is a link to {os.readlink(p)}; choose another folder, or give the one it leads to"
     if not p.exists(): return None
     if not p.is_dir(): return 'is a file; choose the name of a folder'
     here = Path.cwd()

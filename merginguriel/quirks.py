@@ -36,6 +36,7 @@ from .evaluate import *
 from .significance import *
 from .compute_compatibility_matrix import *
 from .store import *
+from .data import *
 from .experiment import *
 from .across import *
 

@@ -27,7 +27,9 @@ from .evaluate import *
 from .significance import *
 from .store import *
 from .store import _flat
+from .data import *
 from .experiment import *
+from .gains import *
 
 # %% ../nbs/5_runs/25_report.ipynb #2faf5a4c
 _palette = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#8c564b']

@@ -24,6 +24,7 @@ from .trials import *
 from .measure import *
 from .significance import *
 from .experiment import *
+from .gains import *
 from .experiment import _method,_scaled
 from .across import *
 from .report import *

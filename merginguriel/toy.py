@@ -116,12 +116,12 @@ def _write_tokenizer(path):
         model_max_length=32)))
 
 # %% ../nbs/0_ground/30_toy.ipynb #f41fc4de
-def _write_model(path, params, config):
+def _write_model(path, params, config, more={}):
     from safetensors.numpy import save_file
     with atomic_dir(path, replace=True) as d:
         save_file({k:v.astype(np.float32) for k,v in params.items()}, d/'model.safetensors', metadata={'format':'pt'})
         (d/'model.safetensors').chmod(0o644) # safetensors writes files that only the owner may read
-        (d/'config.json').write_text(json.dumps(config, indent=1))
+        for name,said in {'config.json':config, **more}.items(): (d/name).write_text(json.dumps(said, indent=1))
         _write_tokenizer(d)
     return path
 
@@ -129,7 +129,9 @@ def toy_base(
     out:str|Path, # Folder to write
 )->Path: # The folder: an encoder without a head, its tokenizer and its configuration
     "Write the toy base model to `out`"
-    return _write_model(Path(out).expanduser(), _encoder(), _config(architectures=['XLMRobertaModel']))
+    seen = dict(locales=toy_locales, parallel=True, languages=[], corpora=['the toy world'])
+    config = _config(architectures=['XLMRobertaModel'])
+    return _write_model(Path(out).expanduser(), _encoder(), config, {'seen.json':seen})
 
 # %% ../nbs/0_ground/30_toy.ipynb #8e78ad8f
 def toy_sources(

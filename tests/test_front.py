@@ -29,12 +29,20 @@ print('fine')
 ORDERS = ['', 'import merginguriel as mu; mu.merge', 'import merginguriel.merge', 'import merginguriel.merge as m',
     'from merginguriel.merge import merge', 'from merginguriel.merge import *', 'from merginguriel import merge',
     'from merginguriel import merge_state_dicts', 'import merginguriel.audit; from merginguriel import audit', 'from merginguriel import *',
-    'import merginguriel.localize', 'import merginguriel as mu; mu.audit; mu.methods["ties"]',
+    'import merginguriel.localize', 'import merginguriel.gains; from merginguriel import gains; assert callable(gains)', 'import merginguriel as mu; mu.audit; mu.methods["ties"]',
     'import merginguriel as mu; mu.merge; from merginguriel.merge import merge; import importlib; importlib.reload(mu.merge)']
 
 @pytest.mark.parametrize('first', ORDERS)
 def test_a_verb_and_its_module_in_every_order(first):
     assert says(f'import sys\n{first}\n{CHECKS}') == 'fine\n'
+
+
+def test_a_verb_with_the_name_of_a_module_is_in_that_module():
+    "Otherwise importing the module would put it in the place of another function"
+    from pathlib import Path
+    from merginguriel.front import _verbs
+    modules = {p.stem for p in (Path(__file__).parent.parent/'merginguriel').glob('*.py')}
+    assert [o for o, (where, _, _) in _verbs.items() if o in modules and where != o] == []
 
 
 def test_a_call_reaches_the_function():
