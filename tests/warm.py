@@ -32,7 +32,7 @@ def read_at_import(env): return {k: v for k, v in env.items() if k.startswith(AT
 def main(args):
     "Have `args` run in a fork of the warm process, with what this process has been given; end as it ends"
     request = dict(args=args, cwd=os.getcwd(), env=dict(os.environ))
-    try: answer = ask(os.environ[SOCKET], request)
+    try: answer = ask(os.environ[SOCKET], request, forward)
     except (KeyError, ConnectionError, FileNotFoundError): answer = 'cold'
     if answer == 'cold': os.execv(sys.executable, [sys.executable, *args])
     if answer is None: sys.exit('the warm Python has ended before its fork')
@@ -41,28 +41,40 @@ def main(args):
     os.kill(os.getpid(), -answer)
 
 
-def ask(path, request):
-    "Send `request` and the three standard files to the socket at `path`; the answer, which is None if there was none"
+def forward(pid):
+    "Hand on to the fork what interrupts or ends this process"
+    for o in (signal.SIGINT, signal.SIGTERM): signal.signal(o, lambda number, _: os.kill(pid, number))
+
+
+def ask(path, request, started=None):
+    """Send `request` and the three standard files to the socket at `path`; the answer, which is None if there was none. `started`
+    is told the process id of a fork before it"""
     data = json.dumps(request).encode()
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(path)
         socket.send_fds(s, [len(data).to_bytes(8, 'big')], [0, 1, 2])
         s.sendall(data)
-        with s.makefile() as f: return json.loads(f.readline() or 'null')
+        with s.makefile() as f:
+            if started:
+                first = json.loads(f.readline() or 'null')
+                if not isinstance(first, dict): return first
+                started(first['pid'])
+            return json.loads(f.readline() or 'null')
 
 
 # ---- the fork
 
 def become(args, cwd, env):
     "Make this fork what a new Python would be that is given `args` in the folder `cwd` with the variables `env`"
-    import matplotlib, numpy, types
+    import matplotlib, numpy, torch, types
     kernel = args[:2] == ['-m', 'ipykernel_launcher']
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     if 'JPY_PARENT_PID' in env: os.environ['JPY_PARENT_PID'] = str(os.getppid()) # A kernel ends with its parent
     sys.dont_write_bytecode = bool(env.get('PYTHONDONTWRITEBYTECODE'))
-    numpy.random.seed() # From the system, as a new process; random does so by itself
+    numpy.random.seed() # From the system, as in a new process; random does so by itself
+    torch.seed()
     # These look at their surroundings while they are loaded
     backend = env.get('MPLBACKEND') or ('module://matplotlib_inline.backend_inline' if kernel else None)
     if backend: matplotlib.rcParams['backend'] = backend
@@ -116,9 +128,13 @@ def receive(connection):
     return json.loads(data or 'null'), files
 
 
-def reply(connection, answer):
+def tell(connection, answer):
     try: connection.sendall(json.dumps(answer).encode()+b'\n')
     except OSError: pass # The client has ended
+
+
+def reply(connection, answer):
+    tell(connection, answer)
     connection.close()
 
 
@@ -179,7 +195,10 @@ def serve(path):
         if request == 'used': reply(connection, used())
         elif request is None: connection.close()
         elif read_at_import(request['env']) != mine: reply(connection, 'cold')
-        else: waiting[fork(request, files, [server, connection, *waiting.values()])] = connection
+        else:
+            pid = fork(request, files, [server, connection, *waiting.values()])
+            waiting[pid] = connection
+            tell(connection, dict(pid=pid))
         for o in files: os.close(o)
     for pid in waiting: os.kill(pid, signal.SIGKILL)
 
