@@ -2,7 +2,7 @@
 with what was typed is one line on stderr and exit code 2."""
 import importlib, inspect, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, pytest, torch
+import pandas as pd, pytest, torch, warm
 from fastcore.docments import docments
 from merginguriel import __version__
 from merginguriel.cli import commands, main, parser
@@ -30,12 +30,13 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture
-def here(toy, tmp_path, monkeypatch):
-    "An empty folder with the toy models in it, and a cache of its own"
+def here(toy, tmp_path, tmp_path_factory, monkeypatch):
+    "An empty folder with the toy models in it, a cache of its own, and kernels that have loaded torch"
     for o in ('base', 'models'): (tmp_path/o).symlink_to(toy/o)
     monkeypatch.setenv('MERGINGURIEL_CACHE', str(tmp_path/'cache'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('JUPYTER_PATH', warm.kernel(tmp_path_factory.mktemp('jupyter')))
     monkeypatch.delenv('MERGINGURIEL_TRACEBACK', raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
