@@ -272,7 +272,8 @@ def _action(argv):
     if name not in _actions: return []
     f,*params = _actions[name].split() or ['']
     text = lambda k,comment,default=inspect.Parameter.empty: _option(k, str, default, comment)
-    more = dict(fit=[text('base', "Pretrained base: 'mini', 'e5', a folder or a hub name"), text('sources', 'Models as en-US=path,de-DE=path, or '
+    more = dict(fit=[text('base', "Pretrained base: 'mini', 'e5', a folder or a hub name"),
+        text('sources', 'Models as en-US=path,de-DE=path, or '
         'a folder with one model folder each'), text('hp', 'Options of the kind, as by=linkage,inner=ties,density=.2', '')],
         add_tasks=[text('tasks', 'Tasks, as en-US,de-DE, each with weight 1, or with weights, as en-US=.7,de-DE=.3; without it, all', '')])
     made = [] if name in ('fit','show') else [text('out', 'Folder to write')]
