@@ -29,8 +29,7 @@ from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .representation import *
-
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #45bdbd37
+from .inner_products import *
 from .compatibility import *
 from .data import *
 from .mini import *

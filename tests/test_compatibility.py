@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from merginguriel import checkpoint, compatibility
+from merginguriel import checkpoint, inner_products
 from merginguriel.base_model import match_base
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.compatibility import *
+from merginguriel.inner_products import *
 from merginguriel.compute_compatibility_matrix import compute_compatibility_matrix, find_models, main, model_features, shared_texts
 from merginguriel.core import CheckpointError, IncompatibleError, MissingDataError
 from merginguriel.representation import *
@@ -209,14 +210,14 @@ def test_one_model_under_two_names(toy, tmp_path):
 
 KILLED = """
 import itertools, os, signal, sys
-from merginguriel import compatibility
-steps, fill = itertools.count(), compatibility._fill
+from merginguriel import inner_products
+steps, fill = itertools.count(), inner_products._fill
 def dying(*args):
     if next(steps) == 5: os.kill(os.getpid(), signal.SIGKILL)
     fill(*args)
-compatibility._fill = dying
+inner_products._fill = dying
 base, cache, *models = sys.argv[1:]
-compatibility.measure_products(base, {os.path.basename(o): o for o in models}, cache=cache, save_every=0)
+inner_products.measure_products(base, {os.path.basename(o): o for o in models}, cache=cache, save_every=0)
 """
 
 def test_a_killed_run_goes_on(toy, tmp_path, fetched):
@@ -230,13 +231,13 @@ def test_a_killed_run_goes_on(toy, tmp_path, fetched):
 
 def test_ctrl_c_keeps_what_was_measured(toy, tmp_path, monkeypatch, fetched):
     base, models = toy
-    fill, steps = compatibility._fill, iter(range(100))
+    fill, steps = inner_products._fill, iter(range(100))
     def stop(*args):
         if next(steps) == 7: raise KeyboardInterrupt
         fill(*args)
-    monkeypatch.setattr(compatibility, '_fill', stop)
+    monkeypatch.setattr(inner_products, '_fill', stop)
     with pytest.raises(KeyboardInterrupt): measure_products(base, models, cache=tmp_path, save_every=1e9)
-    monkeypatch.setattr(compatibility, '_fill', fill)
+    monkeypatch.setattr(inner_products, '_fill', fill)
     fetched.clear()
     p = measure_products(base, models, cache=tmp_path)
     assert 0 < p.bytes_read < 6*body(base)
