@@ -249,7 +249,8 @@ def recipe_cost(
 )->MergeCost:
     "What `run_recipe` will cost"
     r,base,sources = _opened(recipe, labels)
-    cost,models = merge_cost(base, sources, r.method, r.weights, head=head, seed=seed, **r.hp),[open_checkpoint(o) for o in sources.values()]
+    cost = merge_cost(base, sources, r.method, r.weights, head=head, seed=seed, **r.hp)
+    models = [open_checkpoint(o) for o in sources.values()]
     kinds = {m.dtype(k) for m in models for k in m if m.dtype(k).is_floating_point}
     if not r.dtype or kinds=={getattr(torch, r.dtype)}: return cost
     again = sum(math.prod(m.shape(k))*(getattr(torch, r.dtype) if m.dtype(k).is_floating_point else m.dtype(k)).itemsize
