@@ -1,4 +1,4 @@
-"""What is really in a merged checkpoint, and in words what went wrong
+"""What a merged checkpoint really contains, and what went wrong, in words
 
 Docs: https://merginguriel.github.io/merginguriel/2_merging/audit.html.md"""
 
