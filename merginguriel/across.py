@@ -31,8 +31,6 @@ from .choose import *
 from .store import *
 from .ensemble import *
 from .experiment import *
-
-# %% ../nbs/5_runs/30_across.ipynb #45dddc30
 from .gains import *
 from .report import *
 

@@ -1,4 +1,4 @@
-"""What is really in a merged checkpoint, and in words what went wrong
+"""What a merged checkpoint really contains, and what went wrong, in words
 
 Docs: https://merginguriel.github.io/merginguriel/2_merging/audit.html.md"""
 
@@ -25,8 +25,6 @@ from .checkpoint import *
 from .base_model import *
 from .task_vector import *
 from .recovery import *
-
-# %% ../nbs/2_merging/15_audit.ipynb #4af0c496
 from .faults import *
 from .audit_case import *
 from .audit_head import *

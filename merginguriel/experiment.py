@@ -27,8 +27,6 @@ from .locales import *
 from .card import base_seen
 from .checkpoint import *
 from .base_model import *
-
-# %% ../nbs/5_runs/20_experiment.ipynb #400c25ee
 from .merge import *
 from .similarity import *
 from .selection import *
@@ -41,8 +39,6 @@ from .adapt import *
 from .significance import *
 from .compatibility import *
 from .compute_compatibility_matrix import *
-
-# %% ../nbs/5_runs/20_experiment.ipynb #bae5ea36
 from .store import *
 
 # %% ../nbs/5_runs/20_experiment.ipynb #20ed552c

@@ -27,8 +27,6 @@ from .train import *
 from .trials import *
 from .experiment import *
 from .gains import *
-
-# %% ../nbs/5_runs/55_jobs.ipynb #7de6e69c
 from .experiment import run as run_experiment
 
 # %% ../nbs/5_runs/55_jobs.ipynb #4ba286db

@@ -28,8 +28,6 @@ from .core import *
 from .checkpoint import *
 from .base_model import *
 from .encoder import *
-
-# %% ../nbs/2_merging/10_recovery.ipynb #814fda6e
 from .task_vector import *
 
 # %% ../nbs/2_merging/10_recovery.ipynb #0a1c416e
