@@ -8,14 +8,16 @@ Docs: https://merginguriel.github.io/merginguriel/2_merging/bases.html.md"""
 __all__ = ['basis_kinds', 'Bases', 'fit_bases', 'choose_scale', 'choose_forgetting', 'keep_good', 'majority_accuracy']
 
 # %% ../nbs/2_merging/85_bases.ipynb #d206d42c
-"""Forty-nine fine-tuned models are forty-nine task vectors to keep. [Zeng et al.](https://arxiv.org/abs/2502.01015) keep M combinations of
-them and T·M numbers, from which every task vector comes back approximately. `fit_bases` needs one pass over the models for their inner
-products, and then works on a T × T matrix (`factorization`, `clustering`). A `Bases` holds no vectors but where they are: `expand`,
-`add_tasks`, `add_bases` and `negate` read what they need block by block and make a whole model, in memory or on disk; `save` writes
-the M vectors, after which the fine-tuned models are not needed. `nearest` and `add` take a task that was not there at the fit.
-`choose_scale`, `choose_forgetting` and `keep_good` are the choices that need accuracies."""
+"""Forty-nine fine-tuned models are forty-nine task vectors to keep. [Zeng et
+al.](https://arxiv.org/abs/2502.01015) keep M combinations of them and T·M numbers, from which every task
+vector comes back approximately. `fit_bases` needs one pass over the models for their inner products, and
+then works on a T × T matrix (`factorization`, `clustering`). A `Bases` holds no vectors but where they are:
+`expand`, `add_tasks`, `add_bases` and `negate` read what they need block by block and make a whole model,
+in memory or on disk; `save` writes the M vectors, after which the fine-tuned models are not needed.
+`nearest` and `add` take a task that was not there at the fit. `choose_scale`, `choose_forgetting` and
+`keep_good` are the choices that need accuracies."""
 
-# %% ../nbs/2_merging/85_bases.ipynb #62d9e6a3
+# %% ../nbs/2_merging/85_bases.ipynb #c0f37969
 import inspect,json,math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,29 +43,37 @@ from .sparse import *
 # %% ../nbs/2_merging/85_bases.ipynb #3c63aef0
 _all_ = ['choose_scale','choose_forgetting','keep_good','majority_accuracy'] # Of `validation`, for whoever imports this module
 
-# %% ../nbs/2_merging/85_bases.ipynb #f048a57e
+# %% ../nbs/2_merging/85_bases.ipynb #559a63ba
 def _floats(spec): return [k for k,(dt,_) in spec.items() if dt.is_floating_point]
-def _with(view, own): return Checkpoint(view.path, {**(open_checkpoint(own).entries if own else {}), **view.entries})
+def _with(view, own):
+    return Checkpoint(view.path, {**(open_checkpoint(own).entries if own else {}), **view.entries})
 
+# %% ../nbs/2_merging/85_bases.ipynb #f048a57e
 def _place(base, sources, head):
     "Where the values are, and the open sources without classifiers of their own"
-    folders,first = {k:model_folder(v) for k,v in sources.items()},next(iter(sources))
+    folders = {k:model_folder(v) for k,v in sources.items()}
+    first = next(iter(sources))
     labels = model_labels(folders[first]) if folders[first] and head=='bases' else None
     both = {k:split_head(as_model(v, base), head=='own', labels) for k,v in sources.items()}
-    parts,heads = {k:v[0] for k,v in both.items()},{k:v[1] for k,v in both.items() if v[1]}
+    parts = {k:v[0] for k,v in both.items()}
+    heads = {k:v[1] for k,v in both.items() if v[1]}
     check_tensors(parts)
     if head=='bases': check_one_head(parts)
-    p,one = SimpleNamespace(paths={'the base':base, **sources}, labels=labels, heads=heads, files=folders[first]),parts[first]
+    p = SimpleNamespace(paths={'the base':base, **sources}, labels=labels, heads=heads, files=folders[first])
+    one = parts[first]
     p.spec = {k:(one.dtype(k),one.shape(k)) for k in one}
     p.keys,(p.base,view) = _floats(p.spec),base_view(base, first, p.spec)
-    p.own = {k:one.read(k) if not dt.is_floating_point else (sum(o.read(k).double() for o in parts.values())/len(parts)).to(dt)
+    p.own = {k:one.read(k) if not dt.is_floating_point
+        else (sum(o.read(k).double() for o in parts.values())/len(parts)).to(dt)
         for k,(dt,_) in p.spec.items() if k not in view}
     p.view = _with(view, p.own)
-    p.dtype = torch.float64 if torch.float64 in {m.dtype(k) for m in (p.view,*parts.values()) for k in p.keys} else torch.float32
-    p.configs = {k:load_json(f/'config.json') for k,f in (folders if head=='own' else {'':folders[first]}).items() if f}
+    p.dtype = torch.float64 if torch.float64 in {m.dtype(k) for m in (p.view,*parts.values())
+        for k in p.keys} else torch.float32
+    p.configs = {k:load_json(f/'config.json')
+        for k,f in (folders if head=='own' else {'':folders[first]}).items() if f}
     return p,parts
 
-# %% ../nbs/2_merging/85_bases.ipynb #1cf82854
+# %% ../nbs/2_merging/85_bases.ipynb #ba1bff5c
 def _tau(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)-b
 def _saved(c): return lambda block, b: c.read(block.key, block.rows, copy=False).to(b.dtype)
 
@@ -75,8 +85,10 @@ def _merger(method, hp, scan, names): # The merge of `names`, as a function of b
     t = methods.traits(method)
     w = torch.tensor(check_weights(names, None, t.default).values)
     given = prepared(t, scan, names, w, **hp)
-    return lambda block,b,taus: methods[method](torch.zeros_like(b), taus, w.to(b.dtype), **hp, **given(block))
+    return lambda block,b,taus: methods[method](torch.zeros_like(b), taus, w.to(b.dtype), **hp,
+        **given(block))
 
+# %% ../nbs/2_merging/85_bases.ipynb #1cf82854
 def _grouped(p, parts, method, hp):
     "Task vectors merged by `method`"
     read = [_tau(c) for c in parts.values()]
@@ -112,25 +124,29 @@ class Bases:
     def n_bases(self)->int:
         "M"
         return len(self.decoder)
-    def __repr__(self): return f"Bases({self.n_bases} {self.kind}{' and the mean' if self.offset else ''} for {len(self.names)} tasks)"
+    def __repr__(self):
+        return f"Bases({self.n_bases} {self.kind}{' and the mean' if self.offset else ''} for {len(self.names)} tasks)"
     def _whole(self): return np.vstack([self.decoder, np.ones((int(self.offset),len(self.names)))])
     def _at(self, task):
         if task in self.names: return self.names.index(task)
         raise KeyError(f"no task {task!r}; there are {', '.join(self.names)}")
 
-# %% ../nbs/2_merging/85_bases.ipynb #74d82f18
+# %% ../nbs/2_merging/85_bases.ipynb #381d9d33
 def _cluster(gram, n_bases, seed=0, by='spectral', inner='mean', hp=None): return by,inner,hp or {}
-_solvers = dict(ae=autoencoder, linear_ae=partial(autoencoder, encoder='linear'), pca=pca, svd=svd, cluster=_cluster, subset=subset,
+_solvers = dict(ae=autoencoder, linear_ae=partial(autoencoder, encoder='linear'), pca=pca, svd=svd,
+    cluster=_cluster, subset=subset,
     random=lambda gram,n_bases,seed=0: (None,None,None), all=whole)
 basis_kinds = tuple(_solvers)
 
+# %% ../nbs/2_merging/85_bases.ipynb #3097ad8b
 def _checked(base, sources, n_bases, kind, seed, head, options):
     "What a cluster is made by, checked before a value is read"
     check_arguments(base, sources, 'task_arithmetic', 'average')
     check_choices(kind=(kind,basis_kinds), head=(head,('bases','own')))
     given = inspect.signature(_solvers[kind])
     try: given.bind(None, n_bases, seed, **options)
-    except TypeError as e: raise TypeError(f"{kind}: {e}; its options are {', '.join(list(given.parameters)[3:]) or 'none'}") from e
+    except TypeError as e:
+        raise TypeError(f"{kind}: {e}; its options are {', '.join(list(given.parameters)[3:]) or 'none'}") from e
     if kind!='cluster': return (check_count(n_bases, len(sources)),None,None)
     by,inner,hp = _cluster(None, n_bases, **options)
     check_groups(list(sources), n_bases, by)
@@ -138,17 +154,20 @@ def _checked(base, sources, n_bases, kind, seed, head, options):
     if inner in ('mean','metagpt','topk'): return by,inner,hp
     return by,inner,_checked_merge(inner, hp, len(sources))
 
+# %% ../nbs/2_merging/85_bases.ipynb #74d82f18
 def _checked_merge(method, hp, n):
     t = methods.traits(method)
-    if not (t.elementwise and t.translation): raise ValueError(f"{method} cannot merge task vectors block by block; choose another method")
+    if not (t.elementwise and t.translation):
+        raise ValueError(f"{method} cannot merge task vectors block by block; choose another method")
     return check_hyperparameters(method, hp, n)
 
-# %% ../nbs/2_merging/85_bases.ipynb #90cee480
+# %% ../nbs/2_merging/85_bases.ipynb #f07121f5
 def _products(p, keys, n, vectors):
     "Inner products of the `n` vectors that `vectors(block, base)` gives, from one pass"
     wide = lambda block,b,_: products(vectors(block, b.to(p.dtype)).reshape(n, -1))
     return sum(Scan(p.view, {}, keys, _size(n)).map(wide), torch.zeros(n, n, dtype=torch.float64)).numpy()
 
+# %% ../nbs/2_merging/85_bases.ipynb #90cee480
 def fit_bases(
     base, # Pretrained model: folder, file, hub name or dictionary of tensors
     sources:dict, # Task -> fine-tuned model, folder, file or dictionary of tensors, T of them
@@ -163,39 +182,52 @@ def fit_bases(
     "Find M vectors for the task vectors of `sources`"
     by,inner,hp = _checked(base, sources, n_bases, kind, seed, head, options)
     p,parts = _place(base, sources, head)
-    names,taus,keys = list(parts),[_tau(c) for c in parts.values()],kept_tensors(p.keys, exclude)
-    n,labels,encoder = len(names),None,None
+    names = list(parts)
+    taus = [_tau(c) for c in parts.values()]
+    keys = kept_tensors(p.keys, exclude)
+    n = len(names)
+    labels = None
+    encoder = None
     if kind=='random': raw,decoder = [_signs(seed, m) for m in range(n_bases)],None
-    else: g = sum(o[:-1,:-1] for _,o,_ in iter_products(p.view, parts, keys)).numpy() if gram is None else named_gram(gram, names)
+    else:
+        g = sum(o[:-1,:-1] for _,o,_ in iter_products(p.view, parts,
+            keys)).numpy() if gram is None else named_gram(gram, names)
     if kind=='cluster':
         labels = group_tasks(g, names, n_bases, by, seed)
-        decoder,groups = group_decoder(labels),[[names[i] for i in np.flatnonzero(labels==m)] for m in range(max(labels)+1)]
+        decoder = group_decoder(labels)
+        groups = [[names[i] for i in np.flatnonzero(labels==m)] for m in range(max(labels)+1)]
         if inner in ('mean','metagpt'): encoder = group_encoder(g, labels, inner)
         else: raw = [_grouped(p, {k:parts[k] for k in o}, inner, hp) for o in groups]
     elif kind!='random': encoder,decoder = _solvers[kind](g, n_bases, seed, **options)
     if encoder is None:
-        mix,both = np.eye(len(raw)),taus+raw
+        mix = np.eye(len(raw))
+        both = taus+raw
         x = _products(p, keys, len(both), lambda block,b: torch.stack([f(block, b) for f in both]))
         for k in [] if np.isfinite(x).all() else keys: check_values(parts, k)
-        g,decoder = x[:n,:n],np.linalg.pinv(x[n:,n:], hermitian=True)@x[n:,:n] if decoder is None else decoder
+        g = x[:n,:n]
+        decoder = np.linalg.pinv(x[n:,n:], hermitian=True)@x[n:,:n] if decoder is None else decoder
     else:
-        raw,mix = taus,np.hstack([encoder, np.full((n,int(kind=='pca')), 1/n)])
+        raw = taus
+        mix = np.hstack([encoder, np.full((n,int(kind=='pca')), 1/n)])
         x = (both := np.hstack([np.eye(n), mix])).T@g@both
-    return Bases(kind, names, encoder, decoder, kind=='pca', labels, pd.DataFrame(check_gram(g), index=names, columns=names),
+    return Bases(kind, names, encoder, decoder, kind=='pca', labels,
+        pd.DataFrame(check_gram(g), index=names, columns=names),
         x.diagonal()[:n].copy(), x[n:,:n], x[n:,n:], head, exclude, seed, p, mix, raw)
 
-# %% ../nbs/2_merging/85_bases.ipynb #4de12e5d
+# %% ../nbs/2_merging/85_bases.ipynb #d239c4a4
 @patch
 def _vectors(self:Bases, block, b, which=slice(None)):
     "Stored vectors, (n, *shape)"
     mix = self.mix[:,which]
     rows = np.flatnonzero(mix.any(1))
     if not len(rows): return b.new_zeros(mix.shape[1], *b.shape)
-    if np.array_equal(mix := mix[rows], np.eye(len(rows))): return torch.stack([self.raw[r](block, b) for r in rows])
+    if np.array_equal(mix := mix[rows], np.eye(len(rows))):
+        return torch.stack([self.raw[r](block, b) for r in rows])
     x = torch.empty(len(rows), b.numel(), dtype=torch.float64)
     for o,r in zip(x, rows): o.copy_(self.raw[r](block, b).reshape(-1))
     return (torch.tensor(mix.T)@x).to(b.dtype).view(-1, *b.shape)
 
+# %% ../nbs/2_merging/85_bases.ipynb #848a264f
 @patch
 def _sum(self:Bases, coefs):
     "The change that `coefs` of the stored vectors make, as a function of a block"
@@ -206,49 +238,57 @@ def _sum(self:Bases, coefs):
         return out
     return change
 
+# %% ../nbs/2_merging/85_bases.ipynb #4de12e5d
 @patch
 def _values(self:Bases, change, head):
     "(name, rows, values) of the base and a change, then integers and the classifier of the task `head`"
     p = self.place
     def work(block, b, _):
         t = (b.double()+change(block, b.to(p.dtype))).to(p.spec[block.key][0])
-        if not math.isfinite(t.sum(dtype=torch.float32)): check_finite(t, block.key, first=block.rows.start if block.rows else 0)
+        if not math.isfinite(t.sum(dtype=torch.float32)):
+            check_finite(t, block.key, first=block.rows.start if block.rows else 0)
         return block.key,block.rows,t
     yield from Scan(p.view, {}, p.keys, _size(len(self.raw)+1)).map(work)
     yield from ((k,None,p.view.read(k)) for k,(dt,_) in p.spec.items() if not dt.is_floating_point)
     yield from ((k,None,v) for k,v in (self.classifier(head) if head else {}).items())
 
-# %% ../nbs/2_merging/85_bases.ipynb #007d988b
+# %% ../nbs/2_merging/85_bases.ipynb #4a760541
 @patch
 def classifier(self:Bases,
     task:str, # One of `names`
 )->dict: # Name -> tensor
     "The classifier of `task`, where tasks keep their own"
-    if self.head!='own': raise ValueError("the classifier is part of the bases; only with head='own' has each task one")
+    if self.head!='own':
+        raise ValueError("the classifier is part of the bases; only with head='own' has each task one")
     c = self.place.heads[self.names[self._at(task)]]
     return {k:c.read(k) for k in c}
 
+# %% ../nbs/2_merging/85_bases.ipynb #007d988b
 @patch
 def _make(self:Bases, change, head, out, **said):
     "A whole model, as a dictionary or a folder"
-    p,own = self.place,self.classifier(head) if head else {}
+    p = self.place
+    own = self.classifier(head) if head else {}
     spec = p.spec|{k:(v.dtype,v.shape) for k,v in own.items()}
     if out is None:
         made = {k:torch.empty(shape, dtype=dt) for k,(dt,shape) in spec.items()}
         for k,rows,t in self._values(change, head): made[k][... if rows is None else rows] = t
         return made
-    if self.head=='own' and not head: raise ValueError("a model folder needs a classifier; name the task that gives it with head=")
+    if self.head=='own' and not head:
+        raise ValueError("a model folder needs a classifier; name the task that gives it with head=")
     check_apart(out, p.paths)
     with atomic_dir(out) as d:
         if config := p.configs.get(head or ''):
-            (d/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n', encoding='utf-8')
+            (d/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False)+'\n',
+                encoding='utf-8')
             if p.files: copy_model_files(p.files, d, config=False)
         with CheckpointWriter(d, spec) as w:
             for k,rows,t in self._values(change, head): w.write(k, t, rows)
-        (d/'bases_record.json').write_text(canonical_json(dict(kind=self.kind, bases=self.n_bases, classifier=head, **said))+'\n')
+        (d/'bases_record.json').write_text(canonical_json(dict(kind=self.kind, bases=self.n_bases,
+            classifier=head, **said))+'\n')
     return Path(out)
 
-# %% ../nbs/2_merging/85_bases.ipynb #9721670a
+# %% ../nbs/2_merging/85_bases.ipynb #efcaa1e8
 @patch
 def expand(self:Bases,
     task:str, # One of `names`
@@ -257,6 +297,7 @@ def expand(self:Bases,
     "The model of `task`, as the bases give it back"
     return self.add_tasks({task:1.}, head=task if self.head=='own' else None, out=out)
 
+# %% ../nbs/2_merging/85_bases.ipynb #244c0653
 @patch
 def add_tasks(self:Bases,
     tasks=None, # Names, each with weight 1, or dictionary or Series task -> weight; None: all tasks
@@ -266,11 +307,15 @@ def add_tasks(self:Bases,
 ): # Dictionary of tensors, or the folder
     "The base and the weighted sum of the task vectors of `tasks`"
     tasks = self.names if tasks is None else [tasks] if isinstance(tasks, str) else tasks
-    weights,a = dict(tasks) if hasattr(tasks, 'keys') else dict.fromkeys(tasks, 1.),np.zeros(len(self.names))
+    weights = dict(tasks) if hasattr(tasks, 'keys') else dict.fromkeys(tasks, 1.)
+    a = np.zeros(len(self.names))
     for k,w in weights.items(): a[self._at(k)] = w*scale
-    if not np.isfinite(a).all(): raise ValueError(f"weights and scale are finite numbers; got {weights} and {scale}")
-    return self._make(self._sum(self._whole()@a), head, out, operation='add_tasks', weights=weights, scale=scale)
+    if not np.isfinite(a).all():
+        raise ValueError(f"weights and scale are finite numbers; got {weights} and {scale}")
+    return self._make(self._sum(self._whole()@a), head, out, operation='add_tasks', weights=weights,
+        scale=scale)
 
+# %% ../nbs/2_merging/85_bases.ipynb #9721670a
 @patch
 def negate(self:Bases,
     task:str, # One of `names`, to be forgotten
@@ -281,7 +326,7 @@ def negate(self:Bases,
     "The base minus the task vector of `task`"
     return self.add_tasks({task:-1.}, scale, task if head is None and self.head=='own' else head, out)
 
-# %% ../nbs/2_merging/85_bases.ipynb #4c26165e
+# %% ../nbs/2_merging/85_bases.ipynb #1aa19d89
 class _Stored(Scan):
     "A `Scan` whose task vectors are the stored ones"
     def __init__(self, bases):
@@ -289,6 +334,7 @@ class _Stored(Scan):
         self.read = lambda block, b: bases._vectors(block, b.to(bases.place.dtype), np.arange(bases.n_bases))
     def map(self, f, keys=None): return super().map(lambda block,b,_: f(block, b, self.read(block, b)), keys)
 
+# %% ../nbs/2_merging/85_bases.ipynb #851a9dfa
 @patch
 def add_bases(self:Bases,
     weights:dict|None=None, # Number of a basis -> weight, 0 for the others; None: by `outer`
@@ -299,56 +345,73 @@ def add_bases(self:Bases,
     out=None, # Folder to write; None: in memory
 ): # Dictionary of tensors, or the folder
     "The base and the bases, merged by `outer`"
-    change,said = self._outer(weights, outer, hp or {}),dict(operation='add_bases', outer=outer, scale=scale)
+    change = self._outer(weights, outer, hp or {})
+    said = dict(operation='add_bases', outer=outer, scale=scale)
     return self._make(lambda block,b: scale*change(block, b).double(), head, out, **said)
 
+# %% ../nbs/2_merging/85_bases.ipynb #4c26165e
 @patch
 def _outer(self:Bases, weights, outer, hp):
     m = self.n_bases
     if outer in ('task_arithmetic','mean','size_weighted'):
-        if outer=='size_weighted' and self.clusters is None: raise ValueError(f"{self.kind} has no groups with a size; use outer='mean'")
-        if extra := [k for k in (weights or {}) if k not in range(m)]: raise KeyError(f"no basis {extra[0]!r}; they are 0 to {m-1}")
+        if outer=='size_weighted' and self.clusters is None:
+            raise ValueError(f"{self.kind} has no groups with a size; use outer='mean'")
+        if extra := [k for k in (weights or {}) if k not in range(m)]:
+            raise KeyError(f"no basis {extra[0]!r}; they are 0 to {m-1}")
         if weights: w = np.array([weights.get(i, 0.) for i in range(m)])
-        else: w = size_weights(self.clusters) if outer=='size_weighted' else np.full(m, 1. if outer=='task_arithmetic' else 1/m)
+        else:
+            w = size_weights(self.clusters) if outer=='size_weighted' else np.full(m,
+                1. if outer=='task_arithmetic' else 1/m)
         return self._sum(np.append(w, np.zeros(int(self.offset))))
     if weights is not None: raise ValueError(f"outer={outer!r} takes no weights")
-    hp,scan = _checked_merge(outer, hp, m),_Stored(self)
+    hp = _checked_merge(outer, hp, m)
+    scan = _Stored(self)
     f = _merger(outer, hp, scan, [str(i) for i in range(m)])
     return lambda block,b: f(block, b, scan.read(block, b))
 
-# %% ../nbs/2_merging/85_bases.ipynb #244a242c
+# %% ../nbs/2_merging/85_bases.ipynb #d84a5cca
 @patch
 def error(self:Bases,
     per_task:bool=False, # Of each task, as a share of its own squared length
 )->pd.Series: # 'error' and 'bound', or task -> error; 0: nothing is lost
     "Share of the summed squared lengths that is lost, and the least that any as many vectors lose"
     lost = squared_errors(self.norms, self.cross, self.inner, w := self._whole())
-    if np.isnan(lost).any(): raise ValueError("a basis has moved since the fit, and the task vectors it stands for are gone; fit again")
+    if np.isnan(lost).any():
+        raise ValueError("a basis has moved since the fit, and the task vectors it stands for are gone; fit "
+            "again")
     if per_task: return pd.Series(lost/self.norms, self.names)
     n = len(self.gram)
-    return pd.Series(dict(error=lost.sum(), bound=loss_bound(self.gram, min(n, len(w)))*n**2))/self.norms.sum()
+    return pd.Series(dict(error=lost.sum(),
+        bound=loss_bound(self.gram, min(n, len(w)))*n**2))/self.norms.sum()
 
+# %% ../nbs/2_merging/85_bases.ipynb #a7ba7166
 @patch
 def entropy(self:Bases)->pd.Series: # Number of a basis -> entropy in nats, 0 to log T
     "Entropy of the shares that task vectors have in each basis"
-    if self.encoder is None: raise ValueError("these bases are no combinations of task vectors, so that these have no shares in them")
+    if self.encoder is None:
+        raise ValueError("these bases are no combinations of task vectors, so that these have no shares in "
+            "them")
     return pd.Series(encoder_entropy(self.encoder))
 
+# %% ../nbs/2_merging/85_bases.ipynb #244a242c
 @patch
 def storage(self:Bases)->pd.Series: # 'vectors', 'bytes', 'whole' (bytes of all task vectors) and 'fraction'
     "What is stored in place of the task vectors, classifiers and decoder included"
     p = self.place
-    size = lambda dt=None: sum(math.prod(s)*(dt or d).itemsize for d,s in p.spec.values() if d.is_floating_point)
-    vectors,heads = self.mix.shape[1]*(self.kind!='random'),sum(c.nbytes for c in p.heads.values())
+    size = lambda dt=None: sum(math.prod(s)*(dt or d).itemsize
+        for d,s in p.spec.values() if d.is_floating_point)
+    vectors = self.mix.shape[1]*(self.kind!='random')
+    heads = sum(c.nbytes for c in p.heads.values())
     stored = vectors*size(p.dtype)+self.decoder.nbytes+sum(v.nbytes for v in p.own.values())+heads
     whole = len(self.names)*size()+heads
     return pd.Series(dict(vectors=vectors, bytes=stored, whole=whole, fraction=stored/whole))
 
-# %% ../nbs/2_merging/85_bases.ipynb #3edc93fd
+# %% ../nbs/2_merging/85_bases.ipynb #e8b5c447
 @patch
 def _write(self:Bases, d):
     p = self.place
-    spec,n = {k:(p.dtype,p.spec[k][1]) for k in p.keys},self.mix.shape[1]
+    spec = {k:(p.dtype,p.spec[k][1]) for k in p.keys}
+    n = self.mix.shape[1]
     work = lambda block,b,_: (block,self._vectors(block, b.to(p.dtype)))
     with ExitStack() as stack:
         out = [stack.enter_context(CheckpointWriter(d/f'basis-{m:03}.safetensors', spec)) for m in range(n)]
@@ -356,64 +419,86 @@ def _write(self:Bases, d):
             if not math.isfinite(x.sum()): check_finite(x, f'{block.key} of the bases')
             for w,v in zip(out, x): w.write(block.key, v, block.rows)
 
+# %% ../nbs/2_merging/85_bases.ipynb #3edc93fd
 @patch
 def save(self:Bases,
     folder, # Folder to write
     replace:bool=False, # Replace an earlier result in `folder`, which holds nothing else (True), or refuse (False)
 )->Path:
     "Write the bases, so that the fine-tuned models are not needed"
-    p,folder = self.place,check_out(folder, replace)
+    p = self.place
+    folder = check_out(folder, replace)
     check_apart(folder, p.paths)
     with atomic_dir(folder, replace) as d:
         if self.kind!='random': self._write(d)
         if p.own: save_checkpoint(p.own, d/'own.safetensors')
-        if p.heads: save_checkpoint({f'{t}/{k}':v for t in self.names for k,v in self.classifier(t).items()}, d/'classifiers.safetensors')
+        if p.heads:
+            save_checkpoint({f'{t}/{k}':v for t in self.names for k,v in self.classifier(t).items()},
+                d/'classifiers.safetensors')
         if p.files: copy_model_files(p.files, d, config=False)
         state = {k:getattr(self, k) for k in 'kind names offset head exclude seed'.split()}
-        state |= {k:as_lists(getattr(self, k)) for k in 'encoder decoder clusters gram norms cross inner'.split()}
-        state |= dict(format=1, fitted=list(self.gram), labels=p.labels, configs=p.configs, dtype=str(p.dtype),
+        state |= {k:as_lists(getattr(self, k))
+            for k in 'encoder decoder clusters gram norms cross inner'.split()}
+        state |= dict(format=1, fitted=list(self.gram), labels=p.labels, configs=p.configs,
+            dtype=str(p.dtype),
             spec={k:[str(dt),list(shape)] for k,(dt,shape) in p.spec.items()}, tokenizer=bool(p.files),
-            base=dict(path=str(p.base.path.resolve()) if p.base.path else None, digest=kept_digest(p.base)[0]),
+            base=dict(path=str(p.base.path.resolve()) if p.base.path else None,
+            digest=kept_digest(p.base)[0]),
             files={o.name:open_checkpoint(o).digest() for o in sorted(d.glob('*.safetensors'))})
-        with atomic_write(d/'bases.json') as f: json.dump(state|dict(digest=config_hash(state, 64)), f, indent=1, ensure_ascii=False)
+        with atomic_write(d/'bases.json') as f:
+            json.dump(state|dict(digest=config_hash(state, 64)), f, indent=1, ensure_ascii=False)
     return folder
 
-# %% ../nbs/2_merging/85_bases.ipynb #723b880a
+# %% ../nbs/2_merging/85_bases.ipynb #b2ee5bd7
 def _unchanged(path, digest):
-    if not path.is_file(): raise MissingDataError(f"{path.name} is missing from {path.parent}; copy the whole folder again")
+    if not path.is_file():
+        raise MissingDataError(f"{path.name} is missing from {path.parent}; copy the whole folder again")
     c = open_checkpoint(path)
-    if kept_digest(c)[0]!=digest: raise CheckpointError(f"{path} was changed after it was saved; copy it again, or fit again")
+    if kept_digest(c)[0]!=digest:
+        raise CheckpointError(f"{path} was changed after it was saved; copy it again, or fit again")
     return c
 
+# %% ../nbs/2_merging/85_bases.ipynb #723b880a
 @patch(cls_method=True)
 def load(cls:Bases,
     folder, # Folder written by `save`
     base=None, # The base, where it is not where it was, or was in memory
 )->Bases:
     "The saved bases; a file or a base that is another one is an error"
-    folder,typed = Path(folder),lambda o: getattr(torch, o.removeprefix('torch.'))
+    folder = Path(folder)
+    typed = lambda o: getattr(torch, o.removeprefix('torch.'))
     state = load_json(folder/'bases.json')
-    if state.pop('digest', None)!=config_hash(state, 64): raise CheckpointError(f"{folder/'bases.json'} was changed after it was saved")
-    s,files = SimpleNamespace(**state),{k:_unchanged(folder/k, v) for k,v in state['files'].items()}
-    if (base := base or s.base['path']) is None: raise MissingDataError("these bases were fitted to a model in memory; give it as base=")
-    p = SimpleNamespace(paths={'the base':base, 'the bases':folder}, labels=s.labels, configs=s.configs, dtype=typed(s.dtype), heads={},
-        files=folder if s.tokenizer else None, spec={k:(typed(dt),tuple(shape)) for k,(dt,shape) in s.spec.items()},
+    if state.pop('digest', None)!=config_hash(state, 64):
+        raise CheckpointError(f"{folder/'bases.json'} was changed after it was saved")
+    s = SimpleNamespace(**state)
+    files = {k:_unchanged(folder/k, v) for k,v in state['files'].items()}
+    if (base := base or s.base['path']) is None:
+        raise MissingDataError("these bases were fitted to a model in memory; give it as base=")
+    p = SimpleNamespace(paths={'the base':base, 'the bases':folder}, labels=s.labels, configs=s.configs,
+        dtype=typed(s.dtype), heads={},
+        files=folder if s.tokenizer else None,
+        spec={k:(typed(dt),tuple(shape)) for k,(dt,shape) in s.spec.items()},
         own={k:c.read(k) for c in (files.get('own.safetensors', {}),) for k in c})
     p.keys,(p.base,view) = _floats(p.spec),base_view(base, 'a task of these bases', p.spec)
-    if kept_digest(p.base)[0]!=s.base['digest']: raise IncompatibleError(f"{base} is not the base to which {folder} was fitted")
+    if kept_digest(p.base)[0]!=s.base['digest']:
+        raise IncompatibleError(f"{base} is not the base to which {folder} was fitted")
     p.view = _with(view, p.own)
     if c := files.get('classifiers.safetensors'):
         for k in c: p.heads.setdefault(k.rpartition('/')[0], {})[k.rpartition('/')[2]] = c.entry(k)
         p.heads = {t:Checkpoint(c.path, v) for t,v in p.heads.items()}
-    raw = [_saved(c) for k,c in sorted(files.items()) if k.startswith('basis-')] or [_signs(s.seed, m) for m in range(len(s.decoder))]
-    return cls(s.kind, s.names, from_lists(s.encoder), from_lists(s.decoder), s.offset, s.clusters and np.array(s.clusters), pd.DataFrame(
-        s.gram, s.fitted, s.fitted), *map(from_lists, (s.norms,s.cross,s.inner)), s.head, s.exclude, s.seed, p, np.eye(len(raw)), raw)
+    raw = [_saved(c) for k,c in sorted(files.items()) if k.startswith('basis-')] or [_signs(s.seed, m)
+        for m in range(len(s.decoder))]
+    return cls(s.kind, s.names, from_lists(s.encoder), from_lists(s.decoder), s.offset,
+        s.clusters and np.array(s.clusters), pd.DataFrame(
+        s.gram, s.fitted, s.fitted), *map(from_lists, (s.norms,s.cross,s.inner)), s.head, s.exclude, s.seed,
+        p, np.eye(len(raw)), raw)
 
-# %% ../nbs/2_merging/85_bases.ipynb #1dfae186
+# %% ../nbs/2_merging/85_bases.ipynb #0bea95ed
 @patch
 def _compared(self:Bases, source, name):
     "A new source without a classifier of its own, that, and inner products with the stored vectors and itself"
-    p,s = self.place,self.mix.shape[1]
+    p = self.place
+    s = self.mix.shape[1]
     part,own = split_head(as_model(source, p.base.path), self.head=='own', p.labels)
     check_tensors({'the bases':p.view, name:part})
     if set(p.own)&set(head_keys(p.spec)): check_one_head({'the bases':p.view, name:part})
@@ -421,6 +506,7 @@ def _compared(self:Bases, source, name):
     both = lambda block,b: torch.cat([self._vectors(block, b), tau(block, b)[None]])
     return part,own,_products(p, kept_tensors(p.keys, self.exclude), s+1, both)
 
+# %% ../nbs/2_merging/85_bases.ipynb #e7029591
 @patch
 def nearest(self:Bases,
     source, # A model fine-tuned from the same base on another task
@@ -428,6 +514,7 @@ def nearest(self:Bases,
     "How near the task vector of `source` is to each basis"
     return pd.Series(compare_new(self._compared(source, 'the new task')[2], self.offset)[0])
 
+# %% ../nbs/2_merging/85_bases.ipynb #0e79937b
 @patch
 def add(self:Bases,
     name:str, # Of the new task
@@ -436,7 +523,8 @@ def add(self:Bases,
 )->pd.Series: # Number of a basis -> coefficient
     "Make a new task one of the tasks, without a new fit"
     if name in self.names: raise ValueError(f"there is a task {name!r} already; choose another name")
-    if threshold is not None and self.clusters is None: raise ValueError(f"threshold opens a group, and {self.kind} has none")
+    if threshold is not None and self.clusters is None:
+        raise ValueError(f"threshold opens a group, and {self.kind} has none")
     part,own,x = self._compared(source, name)
     if self.clusters is None:
         self.decoder = np.hstack([self.decoder, compare_new(x, self.offset)[1][:,None]])
@@ -449,6 +537,7 @@ def add(self:Bases,
     if own and (folder := model_folder(source)): self.place.configs[name] = load_json(folder/'config.json')
     return pd.Series(self.decoder[:,-1])
 
+# %% ../nbs/2_merging/85_bases.ipynb #1dfae186
 @patch
 def _join(self:Bases, tau, x, threshold):
     i,turn = join_group(self.clusters, compare_new(x)[0], threshold)
@@ -456,6 +545,7 @@ def _join(self:Bases, tau, x, threshold):
     self.mix,self.raw,self.encoder = one(self.mix),[*self.raw,tau],self.encoder if self.encoder is None else one(self.encoder)
     old = np.vstack([self.cross, np.full(len(self.names), np.nan)])[:turn.shape[1]]
     old[i] = np.nan # The task vectors may be gone
-    self.inner,self.cross = turn.T@x@turn,np.hstack([old, (turn.T@x)[:,-1:]])
+    self.inner = turn.T@x@turn
+    self.cross = np.hstack([old, (turn.T@x)[:,-1:]])
     self.clusters = np.append(self.clusters, i)
     self.decoder = group_decoder(self.clusters)

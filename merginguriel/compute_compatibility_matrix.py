@@ -16,7 +16,7 @@ model that was asked for and is not there is a row of NaN and a line in the log.
 texts, the same ids of one locale or of several. `measure_compatibility` gives any of the measures by name,
 for an experiment."""
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0bd65c0a
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #01f404e6
 import argparse,inspect,json,os,platform,re,sys,time
 from pathlib import Path
 import numpy as np

@@ -14,7 +14,7 @@ records every score in the store under the hash of that configuration; a second 
 predictions and rows of the first and is done in seconds. What the result means, `merginguriel.gains` says.
 Accuracies are in [0, 1]."""
 
-# %% ../nbs/5_runs/20_experiment.ipynb #95864b65
+# %% ../nbs/5_runs/20_experiment.ipynb #f0c1702b
 import ast,time
 from dataclasses import asdict,dataclass,field,fields,replace
 from pathlib import Path
@@ -68,7 +68,7 @@ class Experiment:
     legacy:tuple=() # Published quirks to compare with: those of `select_sources`, and 'drop_heaviest'
     oracle:bool=False # Let ExcTar see what it may not, and stamp the result 'oracle'
 
-# %% ../nbs/5_runs/20_experiment.ipynb #e3f445e7
+# %% ../nbs/5_runs/20_experiment.ipynb #c4d5261c
 def text_of(
     method:str|dict, # As in `Experiment.methods`
 )->str|None: # 'dev' or 'test'; None: the method looks at no text of the target
@@ -83,6 +83,7 @@ def source_coefficients(
     "The shares of a selection as the weights of a method"
     return w*len(w) if methods.traits(name).default=='ones' else w
 
+# %% ../nbs/5_runs/20_experiment.ipynb #e3f445e7
 def named_method(
     m:str|dict, # A name, or {'method': name, **hyperparameters}
 )->tuple: # (name, hyperparameters)
@@ -257,7 +258,8 @@ def select(self:Experiment,
 )->pd.Series: # Name -> weight, sums to 1
     "The sources and their weights"
     names = list(self.sources or self.pool())
-    return select_sources(self.target, similarity, len(self.sources) or self.k, include_target=self.include_target,
+    return select_sources(self.target, similarity, len(self.sources) or self.k,
+        include_target=self.include_target,
         target_weight=self.target_weight, weighting=self.weighting, candidates=names,
         legacy=[o for o in self.legacy if o!='drop_heaviest'])
 

@@ -10,14 +10,14 @@ __all__ = ['mask_scope', 'largest', 'coverage', 'localize', 'localize_and_stitch
 
 # %% ../nbs/2_merging/90_localize.ipynb #e710e4dc
 """Fine-tuning changes every value, and a few per cent of the changes do the work.
-[Localize-and-Stitch](https://arxiv.org/abs/2408.13656) finds them for each source and leaves all other values as
-they were pretrained. Sources with small masks hardly meet, so they need no coefficients: where one owns a value
-its change is taken whole, where several do they are averaged. `localize` takes the largest changes and needs no
-data; `learn_masks` learns the masks from labelled batches. `stitch` merges by masks, and `merge(...,
-method='localize_and_stitch')` localizes and stitches. `localized` and `localized_products` are the task vectors
-within their masks, for whatever is done with task vectors."""
+[Localize-and-Stitch](https://arxiv.org/abs/2408.13656) finds them for each source and leaves all other
+values as they were pretrained. Sources with small masks hardly meet, so they need no coefficients: where
+one owns a value its change is taken whole, where several do they are averaged. `localize` takes the largest
+changes and needs no data; `learn_masks` learns the masks from labelled batches. `stitch` merges by masks,
+and `merge(..., method='localize_and_stitch')` localizes and stitches. `localized` and `localized_products`
+are the task vectors within their masks, for whatever is done with task vectors."""
 
-# %% ../nbs/2_merging/90_localize.ipynb #2ed22b6f
+# %% ../nbs/2_merging/90_localize.ipynb #71265a45
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,9 +46,11 @@ def mask_scope(
 )->list: # In the order of `names`
     "The tensors in which a mask chooses values"
     if isinstance(keys, str): check_choices(keys=(keys,('no_embeddings','all')))
-    want = [k for k in names if keys=='all' or tensor_block(k)!='embeddings'] if isinstance(keys, str) else list(keys)
-    if extra := sorted(set(want)-set(names)): raise TensorNamesError(f"{extra[0]!r} is no tensor that a mask can choose from; it is not in "
-        "the sources, not in the base, or part of the classifier")
+    want = [k for k in names if keys=='all' or tensor_block(k)!='embeddings'] if isinstance(keys,
+        str) else list(keys)
+    if extra := sorted(set(want)-set(names)):
+        raise TensorNamesError(f"{extra[0]!r} is no tensor that a mask can choose from; it is not in "
+            "the sources, not in the base, or part of the classifier")
     if not want: raise ValueError(f"keys={keys!r} leaves no tensors; the model has {list(names)[:3]}")
     return [k for k in names if k in set(want)]
 
@@ -60,14 +62,16 @@ def largest(
     limit:Tensor|None=None, # Number of leading positions where a magnitude equal to it is chosen, (n,); None: everywhere
 )->Tensor: # Same shape, bool
     "Where the `density` largest values of each task vector are, by magnitude"
-    size,count = taus.reshape(len(taus), -1).abs(),kept(taus[0].numel(), density)
+    size = taus.reshape(len(taus), -1).abs()
+    count = kept(taus[0].numel(), density)
     if threshold is None and count:
         k = kth_magnitude(lambda: [size], count, len(size), size.dtype)
         threshold = k.value.to(size.device)
         limit = torch.stack([(o==v).nonzero()[i-1,0]+1 for o,v,i in zip(size, threshold, k.left)])
     if threshold is None: return torch.zeros_like(taus, dtype=torch.bool)
     out = torch.empty(size.shape, dtype=torch.bool, device=size.device)
-    for o,x,t,n in zip(out, size, threshold.split(1), [len(size[0])]*len(size) if limit is None else limit.tolist()):
+    for o,x,t,n in zip(out, size, threshold.split(1),
+            [len(size[0])]*len(size) if limit is None else limit.tolist()):
         n = max(0, n)
         torch.ge(x[:n], t, out=o[:n])
         torch.gt(x[n:], t, out=o[n:])
@@ -85,17 +89,19 @@ def coverage(
     total.masked_fill_(total==0, 1)
     return torch.stack([o/total*m for m,o in zip(masks, w.tolist())])
 
-# %% ../nbs/2_merging/90_localize.ipynb #1f3dadd0
+# %% ../nbs/2_merging/90_localize.ipynb #498b53ed
 def _without_head(model):
     c = open_checkpoint(model)
     heads = set(head_keys(c.keys()))
     return some_tensors(c, [k for k in c if k not in heads])
 
+# %% ../nbs/2_merging/90_localize.ipynb #fb658f2b
 def _bodies(base, sources, keys='all', max_elements=1<<17):
     "A `Scan` over base and sources without their classifiers"
     check_arguments(base, sources, 'localize_and_stitch', 'average')
     parts = {k:_without_head(as_model(v, base)) for k,v in sources.items()}
-    floats,first = check_tensors(parts),next(iter(parts))
+    floats = check_tensors(parts)
+    first = next(iter(parts))
     _,view,drawn,_ = open_base(base, first, parts[first], floats, head='average')
     body = [k for k in floats if k not in drawn]
     scan = Scan(view, parts, mask_scope(body, keys), max_elements)
@@ -104,6 +110,7 @@ def _bodies(base, sources, keys='all', max_elements=1<<17):
 
 def _shapes(scan): return {k:tuple(scan.base.shape(k)) for k in scan.keys}
 
+# %% ../nbs/2_merging/90_localize.ipynb #1f3dadd0
 def _packed(mask, start):
     "Bits of values that begin at `start`, the first byte filled up with zeros in front"
     m = mask.reshape(len(mask), -1).numpy()
@@ -122,21 +129,25 @@ def localize(
     cut = measure_cut(scan, scan.keys, len(sources), density, zeros=True)
     shapes = _shapes(scan)
     bits = {k:np.zeros((len(sources),-(-math.prod(s)//8)), np.uint8) for k,s in shapes.items()}
-    work = lambda block, _, taus: (block,_packed(largest(taus, density, **cut.given(scan, block)), block.start))
+    work = lambda block, _, taus: (block,_packed(largest(taus, density, **cut.given(scan, block)),
+        block.start))
     with one_thread():
         for block,p in scan.map(work): bits[block.key][:,block.start//8:block.start//8+p.shape[1]] |= p
     rows = {f'{i}/{k}':row for k,b in bits.items() for i,row in enumerate(b)}
-    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes, made=dict(kind='largest', density=density, keys=keys))
+    return Masks(rows, {n:i for i,n in enumerate(sources)}, shapes,
+        made=dict(kind='largest', density=density, keys=keys))
 
-# %% ../nbs/2_merging/90_localize.ipynb #7ed58260
+# %% ../nbs/2_merging/90_localize.ipynb #0e9367b7
 def _check_masks(masks):
     if not isinstance(masks, (str,Path,Masks)):
-        raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; got {type(masks).__name__}")
+        raise TypeError(f"masks are made by `localize` or `learn_masks`, or are the folder that has them; "
+            f"got {type(masks).__name__}")
 
 def _opened(masks):
     _check_masks(masks)
     return masks if isinstance(masks, Masks) else Masks.load(masks)
 
+# %% ../nbs/2_merging/90_localize.ipynb #7ed58260
 def _owned(masks, names, shapes):
     "Function from a block to what each of `names` owns in it, (n, *block); nothing outside the scope"
     masks = _opened(masks)
@@ -144,23 +155,28 @@ def _owned(masks, names, shapes):
     for k,s in masks.shapes.items():
         has = f'have {list(shapes[k])}' if k in shapes else 'do not have it, or the base does not'
         if shapes.get(k)!=s:
-            raise IncompatibleError(f"the masks are over {k!r} {list(s)}, the models {has}; localize the models that are merged")
+            raise IncompatibleError(f"the masks are over {k!r} {list(s)}, the models {has}; localize the "
+                "models that are merged")
     def read(block):
         shape = block.shape if block.rows is None else (block.rows.stop-block.rows.start,*block.shape[1:])
         if block.key not in masks.shapes: return torch.zeros(len(names), *shape, dtype=torch.bool)
-        return torch.from_numpy(masks.read(block.key, block.start, math.prod(shape), names)).view(len(names), *shape)
+        return torch.from_numpy(masks.read(block.key, block.start, math.prod(shape), names)).view(len(names),
+            *shape)
     return read
 
-# %% ../nbs/2_merging/90_localize.ipynb #8a3b9b6d
+# %% ../nbs/2_merging/90_localize.ipynb #88351942
 def _prepare(scan, names, weights, density, keys, masks):
     if masks is not None:
         owned = _owned(masks, names, _shapes(scan))
         return lambda block: dict(owned=owned(block))
     scope = mask_scope(scan.keys, keys)
-    cut = scan.keep(('localize', *names, density, *scope), lambda: measure_cut(scan, scope, len(names), density, zeros=True))
-    none,scope = dict(threshold=torch.full((len(names),), math.inf)),set(scope)
+    cut = scan.keep(('localize', *names, density, *scope),
+        lambda: measure_cut(scan, scope, len(names), density, zeros=True))
+    none = dict(threshold=torch.full((len(names),), math.inf))
+    scope = set(scope)
     return lambda block: cut.given(scan, block) if block.key in scope else none
 
+# %% ../nbs/2_merging/90_localize.ipynb #8a3b9b6d
 @register(prepare=_prepare, given=('threshold','limit','owned'), homogeneous=True, scale_free=True)
 def localize_and_stitch(
     base:Tensor, # Base values, (*shape)
@@ -198,7 +214,8 @@ def stitch(
 ): # Dictionary of tensors, or the `MergeReport` of the folder
     "Merge the values that `masks` give to each source"
     if head=='own' and out is not None:
-        raise ValueError("head='own' makes a model without a classifier, which is no model folder; leave out `out`")
+        raise ValueError("head='own' makes a model without a classifier, which is no model folder; leave out "
+            "`out`")
     if head=='own': sources,head = {k:_without_head(as_model(v, base)) for k,v in sources.items()},'average'
     how = dict(method='localize_and_stitch', weights=weights, head=head, masks=_opened(masks), **options)
     return merge_state_dicts(base, sources, **how) if out is None else merge(base, sources, out, **how)
@@ -217,13 +234,14 @@ def stitch_twice(
     "Delete what the members of a cluster have in common, then stitch"
     return stitch(base, sources, single_masks(_opened(masks), clusters), out, **options)
 
-# %% ../nbs/2_merging/90_localize.ipynb #8dc068e4
+# %% ../nbs/2_merging/90_localize.ipynb #6b21be71
 def _reduced(scan, owned, name, i):
     "Blocks of source `name`, the base where it owns nothing"
     for block,b,_ in scan():
         v = scan.sources[name].read(block.key, block.rows)
         yield block,torch.where(owned(block)[i], v, b.to(v.dtype))
 
+# %% ../nbs/2_merging/90_localize.ipynb #3bb7f516
 def localized(
     base, # Pretrained model: path or dictionary of tensors
     sources:dict, # Name -> fine-tuned model, path or dictionary
@@ -231,22 +249,27 @@ def localized(
     out=None, # Folder that gets one model folder for each source; None: in memory
 )->dict: # Name -> dictionary of tensors, or model folder
     "The sources with their changes where they own them, and the base elsewhere"
-    scan,made = _bodies(base, sources),{}
-    owned,body = _owned(masks, list(sources), _shapes(scan)),set(scan.keys)
+    scan = _bodies(base, sources)
+    made = {}
+    owned = _owned(masks, list(sources), _shapes(scan))
+    body = set(scan.keys)
     for i,(name,v) in enumerate(sources.items()):
         whole = open_checkpoint(as_model(v, base))
         one = Scan(scan.base, {name:scan.sources[name]}, scan.keys, scan.max_elements)
         if out is None:
             made[name] = {k:whole.read(k) for k in whole}
-            for block,t in _reduced(one, owned, name, i): made[name][block.key][... if block.rows is None else block.rows] = t
+            for block,t in _reduced(one, owned, name, i):
+                made[name][block.key][... if block.rows is None else block.rows] = t
             continue
-        with atomic_dir(inside(out, name)) as d, CheckpointWriter(d, {k:(whole.dtype(k),whole.shape(k)) for k in whole}) as w:
+        with atomic_dir(inside(out, name)) as d, CheckpointWriter(d,
+                {k:(whole.dtype(k),whole.shape(k)) for k in whole}) as w:
             if f := model_folder(v): copy_model_files(f, d)
             for block,t in _reduced(one, owned, name, i): w.write(block.key, t, block.rows)
             for k in [k for k in whole if k not in body]: w.write(k, whole.read(k))
         made[name] = Path(out)/name
     return made
 
+# %% ../nbs/2_merging/90_localize.ipynb #8dc068e4
 def localized_products(
     base, # Pretrained model: path or dictionary of tensors
     sources:dict, # Name -> fine-tuned model, path or dictionary
@@ -254,12 +277,14 @@ def localized_products(
     cosine:bool=False, # Divide by the lengths
 )->pd.DataFrame: # Names × names, float64; NaN where a source has no change
     "Inner products of the task vectors within their masks"
-    scan,names = _bodies(base, sources),list(sources)
+    scan = _bodies(base, sources)
+    names = list(sources)
     owned = _owned(masks, names, _shapes(scan))
     work = lambda block, _, taus: products((taus*owned(block)).reshape(len(names), -1))
     g = sum(scan.map(work), torch.zeros(len(names), len(names))).numpy()
     d = np.sqrt(np.diag(g)) if cosine else np.ones(len(g))
-    return pd.DataFrame(np.divide(g, np.outer(d, d), out=np.full(g.shape, np.nan), where=np.outer(d, d)>0), names, names)
+    return pd.DataFrame(np.divide(g, np.outer(d, d), out=np.full(g.shape, np.nan), where=np.outer(d, d)>0),
+        names, names)
 
 # %% ../nbs/2_merging/90_localize.ipynb #2c464465
 def score_gradient(
@@ -276,38 +301,51 @@ def _move(scores, slopes, o):
     p = scores.sigmoid()
     return scores.sub_((o.lr*slopes-o.lam*scores.sign())*p*(1-p))
 
-# %% ../nbs/2_merging/90_localize.ipynb #0a36236b
+# %% ../nbs/2_merging/90_localize.ipynb #24c11eda
 def _classified(model, batch):
     return F.cross_entropy(model(**{k:v for k,v in batch.items() if k!='labels'}).logits, batch['labels'])
 
 def _check_batches(batches, name, loss):
-    if iter(batches) is batches: raise TypeError("batches are gone through in each epoch; pass a list, not a generator")
+    if iter(batches) is batches:
+        raise TypeError("batches are gone through in each epoch; pass a list, not a generator")
     if not len(batches): raise ValueError(f"there are no batches of {name}; give at least one")
     if loss is _classified and (lack := [b for b in batches if 'labels' not in b]):
-        raise ValueError(f"a batch of {name} has no 'labels'; it has {sorted(lack[0])}. Give the labels as numbers of the model's classes")
+        raise ValueError(f"a batch of {name} has no 'labels'; it has {sorted(lack[0])}. Give the labels as "
+            "numbers of the model's classes")
 
+# %% ../nbs/2_merging/90_localize.ipynb #0a36236b
 def _named_parameters(model, source, name):
     "Tensor name -> parameter, the same names in both"
-    have,floats = dict(model.named_parameters()),[k for k in source if source.dtype(k).is_floating_point]
-    lack,extra = [k for k in floats if k not in have],[k for k in have if k not in source]
+    have = dict(model.named_parameters())
+    floats = [k for k in source if source.dtype(k).is_floating_point]
+    lack = [k for k in floats if k not in have]
+    extra = [k for k in have if k not in source]
     where = f'{name} and not in the model' if lack else f'the model and not in {name}'
-    if lack or extra: raise TensorNamesError(f"{(lack or extra)[0]!r} is in {where}; build the model from the configuration of the "
-        "source, without shared parameters")
+    if lack or extra:
+        raise TensorNamesError(f"{(lack or extra)[0]!r} is in {where}; build the model from the "
+            "configuration of the source, without shared parameters")
     for k in floats:
         if have[k].is_meta: raise ValueError(f"{k!r} of the model has no memory for values; load it whole")
-        if tuple(have[k].shape)!=tuple(source.shape(k)): raise IncompatibleError(f"{k!r} is {list(have[k].shape)} in the model and "
-            f"{list(source.shape(k))} in {name}")
+        if tuple(have[k].shape)!=tuple(source.shape(k)):
+            raise IncompatibleError(f"{k!r} is {list(have[k].shape)} in the model and "
+                f"{list(source.shape(k))} in {name}")
     return {k:have[k] for k in floats}
 
 # %% ../nbs/2_merging/90_localize.ipynb #0b229a25
 class _Learner:
     "The scores of one source, and a model that they are written into"
     def __init__(self, name, model, scan, source, start, o):
-        self.name,self.model,self.o,self.params,self.unit = name,model,o,_named_parameters(model, source, name),None
-        self.scan,body = Scan(scan.base, {name:scan.sources[name]}, scan.keys, 1<<20),set(scan.body)
+        self.name = name
+        self.model = model
+        self.o = o
+        self.params = _named_parameters(model, source, name)
+        self.unit = None
+        self.scan = Scan(scan.base, {name:scan.sources[name]}, scan.keys, 1<<20)
+        body = set(scan.body)
         for k,p in self.params.items(): p.data.copy_((scan.base if k in body else source).read(k, copy=False))
         self.start = {k:torch.from_numpy(v).view(-1) for k,v in start[name].items()}
-        self.scores = {k:torch.where(m, o.bias, -o.bias).to(self.params[k].device, torch.float32) for k,m in self.start.items()}
+        self.scores = {k:torch.where(m, o.bias, -o.bias).to(self.params[k].device, torch.float32)
+            for k,m in self.start.items()}
     def pieces(self):
         "(parameter, its gradient or None, scores, base, task vector) of each block, flat"
         for block,b,taus in self.scan():
@@ -320,11 +358,14 @@ class _Learner:
     def backward(self, batches):
         "The loss over all batches; its gradient is left in the parameters"
         for k in self.scan.keys: self.params[k].grad = None
-        sizes,total = [len(next(iter(b.values()))) for b in batches],0.
+        sizes = [len(next(iter(b.values()))) for b in batches]
+        total = 0.
         for b,n in zip(batches, sizes):
-            loss = self.o.loss(self.model, {k:v.to(self.params[self.scan.keys[0]].device) for k,v in b.items()})
+            loss = self.o.loss(self.model,
+                {k:v.to(self.params[self.scan.keys[0]].device) for k,v in b.items()})
             if not loss.isfinite():
-                raise ValueError(f"the loss of {self.name} is {loss.item()}; look for odd texts, or lower the learning rate")
+                raise ValueError(f"the loss of {self.name} is {loss.item()}; look for odd texts, or lower "
+                    "the learning rate")
             if torch.is_grad_enabled() and not loss.requires_grad:
                 raise RuntimeError("the loss has no gradient: something detaches it from the model")
             if torch.is_grad_enabled(): (loss*(1 if self.o.scale=='published' else n/sum(sizes))).backward()
@@ -334,25 +375,37 @@ class _Learner:
         slopes = lambda: ((s,(g*tau).float()) for _,g,s,_,tau in self.pieces())
         if lack := [k for k in self.scan.keys if self.params[k].grad is None]:
             raise RuntimeError(f"the loss does not depend on {lack[0]!r}; give the other tensors as keys=")
-        if self.unit is None: self.unit = 1. if self.o.scale=='published' else max(x.abs().max().item() for _,x in slopes() if len(x))
-        if not self.unit: raise RuntimeError(f"no change of {self.name} has an effect on the loss; is it equal to the base?")
+        if self.unit is None:
+            self.unit = 1. if self.o.scale=='published' else max(x.abs().max().item()
+                for _,x in slopes() if len(x))
+        if not self.unit:
+            raise RuntimeError(f"no change of {self.name} has an effect on the loss; is it equal to the "
+                "base?")
         for s,x in slopes(): _move(s, x/self.unit, self.o)
     def mask(self): return {k:(s>0).cpu().view(self.params[k].shape) for k,s in self.scores.items()}
 
 # %% ../nbs/2_merging/90_localize.ipynb #886359fd
 def _learn(w, batches):
     "Learn the scores; records of the epochs"
-    o,log,size = w.o,[],w.scan.size()
-    over = lambda f: sum(float(f(c).sum(dtype=torch.float64)) for s in w.scores.values() for c in s.split(1<<20))/size
+    o = w.o
+    log = []
+    size = w.scan.size()
+    over = lambda f: sum(float(f(c).sum(dtype=torch.float64)) for s in w.scores.values()
+        for c in s.split(1<<20))/size
     for epoch in range(o.epochs):
         w.write(torch.sigmoid)
-        log.append(dict(source=w.name, epoch=epoch, loss=w.backward(batches), mean=over(torch.sigmoid), density=over(lambda c: c>0)))
+        log.append(dict(source=w.name, epoch=epoch, loss=w.backward(batches), mean=over(torch.sigmoid),
+            density=over(lambda c: c>0)))
         w.step()
     m = w.mask()
-    changed,left = sum(int((m[k].view(-1)!=v).sum()) for k,v in w.start.items()),sum(int(v.sum()) for v in m.values())
-    if not changed: raise RuntimeError(f"the mask of {w.name} is what it was before: no score changed its sign in {o.epochs} "
-        f"epochs. Raise lr ({o.lr:g}) or epochs, lower lam ({o.lam:g}), or, if the largest changes are wanted, use `localize`")
-    if not left: raise RuntimeError(f"the mask of {w.name} is empty: no change is worth lam={o.lam:g}; lower it")
+    changed = sum(int((m[k].view(-1)!=v).sum()) for k,v in w.start.items())
+    left = sum(int(v.sum()) for v in m.values())
+    if not changed:
+        raise RuntimeError(f"the mask of {w.name} is what it was before: no score changed its sign in "
+            f"{o.epochs} epochs. Raise lr ({o.lr:g}) or epochs, lower lam ({o.lam:g}), or, if the largest "
+            "changes are wanted, use `localize`")
+    if not left:
+        raise RuntimeError(f"the mask of {w.name} is empty: no change is worth lam={o.lam:g}; lower it")
     w.write(lambda s: (s>0).to(s.dtype))
     with torch.no_grad(): loss = w.backward(batches)
     return m,[*log,dict(source=w.name, epoch=o.epochs, loss=loss, mean=left/size, density=left/size)]
@@ -375,16 +428,21 @@ def learn_masks(
 )->Masks: # Their `log` has loss, mean share and density of each epoch, and of the finished mask
     "Learn which changes of each source lower its own loss"
     check_choices(reg=(reg,('l1','polar')), scale=(scale,('largest','published')))
-    if lam is None and (reg,scale)==('l1','published'): raise ValueError("the size of unscaled gradients is that of the model; give lam")
+    if lam is None and (reg,scale)==('l1','published'):
+        raise ValueError("the size of unscaled gradients is that of the model; give lam")
     lam = lam if lam is not None else .003 if reg=='l1' else 10.
     lr = lr if lr is not None else 1e4 if scale=='largest' else 1e7
-    o = SimpleNamespace(loss=loss or _classified, bias=float(bias), lam=lam, reg=reg, lr=lr, epochs=epochs, scale=scale)
+    o = SimpleNamespace(loss=loss or _classified, bias=float(bias), lam=lam, reg=reg, lr=lr, epochs=epochs,
+        scale=scale)
     if lam<0 or bias<=0 or epochs<1 or lr<=0:
         raise ValueError(f"lam is 0 or more, the others above 0; got {lam=}, {bias=}, {epochs=}, {lr=}")
     if set(batches)!=set(sources):
-        raise ValueError(f"batches are of {sorted(batches)}, the sources {sorted(sources)}; give one list for each")
+        raise ValueError(f"batches are of {sorted(batches)}, the sources {sorted(sources)}; give one list "
+            "for each")
     for n,b in batches.items(): _check_batches(b, n, o.loss)
-    scan,found,log = _bodies(base, sources, keys),{},[]
+    scan = _bodies(base, sources, keys)
+    found = {}
+    log = []
     start = localize(base, sources, density, keys)
     for n,v in sources.items():
         m = model[n] if isinstance(model, dict) else model

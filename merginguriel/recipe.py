@@ -284,7 +284,8 @@ def run_recipe(
     r,base,sources = _opened(recipe, labels)
     check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
-        m = merge(base, sources, d, r.method, r.weights, head=head, seed=seed, allow_mixed_heads=allow_mixed_heads,
+        m = merge(base, sources, d, r.method, r.weights, head=head, seed=seed,
+            allow_mixed_heads=allow_mixed_heads,
             allow_generic=allow_generic, **r.hp)
         record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), out.name)
     return changed(m, path=out, record=record)

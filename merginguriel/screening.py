@@ -8,11 +8,13 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/screening.html.md"""
 __all__ = ['spread', 'screen', 'set_accuracy', 'confirm', 'ranking', 'plot_screening']
 
 # %% ../nbs/6_studies/25_screening.ipynb #5f2f8d77
-"""Of 48 sources, 17,296 sets of three can be merged, and 1.7 million sets of five. A merge and its evaluation take a second; an
-estimate from predictions that are kept anyway takes microseconds. To first order in the task vectors, the logits of a merge are the
-mean of its members' logits, which `screen` computes for every set. What the first order leaves out grows with the distance between
-the members, and the Gram matrix knows that distance. `confirm` merges the best sets, and `ranking` says how far the estimate can be
-trusted. The labels it reads are those of the text it is given: of the target they are labelled information, and ExcTar forbids them."""
+"""Of 48 sources, 17,296 sets of three can be merged, and 1.7 million sets of five. A merge and its evaluation
+take a second; an estimate from predictions that are kept anyway takes microseconds. To first order in the
+task vectors, the logits of a merge are the mean of its members' logits, which `screen` computes for every
+set. What the first order leaves out grows with the distance between the members, and the Gram matrix knows
+that distance. `confirm` merges the best sets, and `ranking` says how far the estimate can be trusted. The
+labels it reads are those of the text it is given: of the target they are labelled information, and ExcTar
+forbids them."""
 
 # %% ../nbs/6_studies/25_screening.ipynb #c4d40ab5
 import itertools,math
@@ -31,9 +33,11 @@ def spread(
     members, # Numbers of the members of each set, (sets, k)
 )->np.ndarray: # (sets,), in [0, 1]
     "The part of the mean squared length of the members' task vectors that their mean does not have"
-    g,m = np.asarray(gram, dtype=np.float64),np.asarray(members)
+    g = np.asarray(gram, dtype=np.float64)
+    m = np.asarray(members)
     length = g[m,m].mean(1)
-    if not (length>0).all(): raise ValueError("a set has only task vectors of length 0; such sources are copies of the base")
+    if not (length>0).all():
+        raise ValueError("a set has only task vectors of length 0; such sources are copies of the base")
     return 1-g[m[:,:,None],m[:,None]].mean((1,2))/length
 
 # %% ../nbs/6_studies/25_screening.ipynb #cd97d656
@@ -51,17 +55,19 @@ def _scored(z, y, sets, k):
         for a in range(0, len(group), 64): right.append(_right(z, y, prefix, [s[-1] for s in group[a:a+64]]))
     return np.array(members),torch.cat(right).numpy()
 
-# %% ../nbs/6_studies/25_screening.ipynb #8f91742d
+# %% ../nbs/6_studies/25_screening.ipynb #587b827e
 def _numbers(names, sets, k):
     "`sets` as tuples of numbers; all sets of k where there are none given"
     if sets is None:
-        if not 1<=k<=len(names): raise ValueError(f"k is from 1 to the number of candidates, {len(names)}; got {k}")
+        if not 1<=k<=len(names):
+            raise ValueError(f"k is from 1 to the number of candidates, {len(names)}; got {k}")
         return itertools.combinations(range(len(names)), k)
     at = {o:i for i,o in enumerate(names)}
     if bad := [s for s in sets if len(set(s))!=k or any(o not in at for o in s)]:
         raise ValueError(f"{bad[0]} is not a set of {k} of the candidates {', '.join(names)}")
     return sorted(tuple(sorted(at[o] for o in s)) for s in sets)
 
+# %% ../nbs/6_studies/25_screening.ipynb #8f91742d
 def screen(
     predictions:dict, # Candidate -> `Predictions` for the same items; `stacked` says what they must share
     k:int, # Members of a set
@@ -70,20 +76,23 @@ def screen(
     keep:int|None=100, # Rows returned, the best by `estimate`; None: all
 )->pd.DataFrame: # sources (tuple of names), estimate and members (accuracies in [0, 1]), spread; best first
     "Accuracy of the mean logits of every set of `k` candidates, for equal weights"
-    names,(z,first) = list(predictions),stacked(predictions)
-    z,y = torch.from_numpy(z).float(),torch.tensor(first.labels)
+    names = list(predictions)
+    (z,first) = stacked(predictions)
+    z = torch.from_numpy(z).float()
+    y = torch.tensor(first.labels)
     if gram is not None and (lack := [o for o in names if o not in gram.index or o not in gram.columns]):
         raise ValueError(f"the Gram matrix has no {lack[0]!r}; measure the inner products of all candidates")
     members,estimate = _scored(z, y, _numbers(names, sets, k), k)
     own = (z.argmax(-1)==y).double().mean(-1).numpy()
     best = np.argsort(-estimate, kind='stable')[:keep]
     m = members[best]
-    df = pd.DataFrame(dict(sources=[tuple(names[i] for i in s) for s in m], estimate=estimate[best], members=own[m].mean(1)))
+    df = pd.DataFrame(dict(sources=[tuple(names[i] for i in s) for s in m], estimate=estimate[best],
+        members=own[m].mean(1)))
     if gram is not None: df['spread'] = spread(gram.loc[names,names], m)
     df.attrs = dict(sets=len(members), items=len(y))
     return df
 
-# %% ../nbs/6_studies/25_screening.ipynb #ec3425cd
+# %% ../nbs/6_studies/25_screening.ipynb #5afb11a3
 def set_accuracy(
     trials:Trials, # With the set among its sources, and the text to be scored on
     sources, # Names of the set
@@ -94,6 +103,7 @@ def set_accuracy(
     w = source_coefficients(method, pd.Series(1/len(sources), list(sources)))
     return trials.accuracy(method, dict.fromkeys(trials.sources, 0.)|dict(w), **kw)
 
+# %% ../nbs/6_studies/25_screening.ipynb #ec3425cd
 def confirm(
     trials:Trials, # With the candidates as its sources, and the text to be scored on
     screened:pd.DataFrame, # Rows of `screen`
@@ -115,8 +125,10 @@ def ranking(
     n:int=10000, # Resamples of the targets
 )->pd.DataFrame: # One row per column: rho, low, high, regret, blind (in accuracy)
     "How well a column of `screen` orders merges"
-    rng,rows = np.random.default_rng(0),{}
-    if few := [t for t,d in confirmed.items() if len(d)<3]: raise ValueError(f"{few[0]} has {len(confirmed[few[0]])} merges; 3 or more")
+    rng = np.random.default_rng(0)
+    rows = {}
+    if few := [t for t,d in confirmed.items() if len(d)<3]:
+        raise ValueError(f"{few[0]} has {len(confirmed[few[0]])} merges; 3 or more")
     for c in by:
         score = {t:-d[c] if c=='spread' else d[c] for t,d in confirmed.items()}
         rho = np.array([score[t].corr(d.merged, 'spearman') for t,d in confirmed.items()])
@@ -135,7 +147,8 @@ def plot_screening(
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 4.5))[1]
     colours = plt.get_cmap('turbo')(np.linspace(.05, .95, len(confirmed)))
-    for c,(t,d) in zip(colours, confirmed.items()): ax.scatter(100*d.estimate, 100*d.merged, s=10, color=c, label=t)
+    for c,(t,d) in zip(colours, confirmed.items()):
+        ax.scatter(100*d.estimate, 100*d.merged, s=10, color=c, label=t)
     ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
     ax.plot(ends, ends, color='.6', lw=.8)
     ax.set(xlabel='mean logits of the members (% right)', ylabel='merge (% right)')

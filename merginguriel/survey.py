@@ -8,11 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/survey.html.md"""
 __all__ = ['surveyed', 'survey', 'target_accuracies', 'choice_by_others', 'regrets', 'plot_methods', 'plot_targets']
 
 # %% ../nbs/6_studies/20_survey.ipynb #370dbaab
-"""A method that is best on average may be the best in no locale. `survey` tries many methods on the same sources without
-writing their merges to disk. `target_accuracies` lays out what each method scores in each
-target, `plot_methods` what it gains on average and `plot_targets` where. What helps a user is neither: it is what a rule for
-choosing earns in a locale that the rule has not seen. `choice_by_others` follows the simplest one, the method that was best in
-the other locales, and counts what it loses."""
+"""A method that is best on average may be the best in no locale. `survey` tries many methods on the same
+sources without writing their merges to disk. `target_accuracies` lays out what each method scores in each
+target, `plot_methods` what it gains on average and `plot_targets` where. What helps a user is neither: it
+is what a rule for choosing earns in a locale that the rule has not seen. `choice_by_others` follows the
+simplest one, the method that was best in the other locales, and counts what it loses."""
 
 # %% ../nbs/6_studies/20_survey.ipynb #52cd752f
 import time
@@ -34,12 +34,13 @@ surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','
     'lines(of="ties")','tsv_m','tsv_m(scale=.2)','iso_c','iso_c(scale=.2)','iso_cts','iso_cts(scale=.2)','wudi','wudi(ridge=1)',
     'actmat','ace','fisher','regmean','regmean_plus']) # What the template on methods compares
 
-# %% ../nbs/6_studies/20_survey.ipynb #9b3b72b4
+# %% ../nbs/6_studies/20_survey.ipynb #c5846c1a
 def _looks(m):
     "Whether a method reads texts before it merges"
     name,hp = named_method(m)
     return name,hp,bool(text_of(m)) or measures(name, hp)
 
+# %% ../nbs/6_studies/20_survey.ipynb #9b3b72b4
 def survey(
     experiment:Experiment, # What to do; its methods may be many
     out='runs', # Folder for models and predictions, which later runs reuse
@@ -56,11 +57,15 @@ def survey(
     w = e.merged_weights(r.weights)
     trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'),
         bank=Path(out)/'predictions', device=device)
-    acc,start = {},time.time()
-    for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
+    acc = {}
+    start = time.time()
+    for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge',
+            leave=False):
         name,hp,_ = _looks(m)
-        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed, **hp)
-    r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
+        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed,
+            **hp)
+    r = replace(r, experiment=e, accuracies=r.accuracies|acc,
+        merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
         seconds=r.seconds|dict(trials=round(time.time()-start, 1)))
     r.record(store or Path(out)/'store.sqlite')
     return r
@@ -72,7 +77,8 @@ def target_accuracies(
 )->pd.DataFrame: # Accuracy in [0, 1], mean over seeds, (target × name)
     "What each method scores in each target"
     names = list(results[0].merged) if names is None else list(names)
-    return pd.DataFrame({m:{t:float(np.mean([o.mean() for o in answers(rs, m)])) for t,rs in by_target(results).items()}
+    return pd.DataFrame({m:{t:float(np.mean([o.mean() for o in answers(rs, m)]))
+        for t,rs in by_target(results).items()}
         for m in names}).rename_axis('target')
 
 # %% ../nbs/6_studies/20_survey.ipynb #fd722e33
@@ -80,11 +86,13 @@ def choice_by_others(
     accuracies:pd.DataFrame, # (target × method), from `target_accuracies`
 )->pd.DataFrame: # One row per target: chosen, accuracy, best, regret
     "For each target the method that is best on average in all others, and what is lost by taking it"
-    if len(accuracies)<2: raise ValueError(f"a choice by other targets needs two or more; got {len(accuracies)}")
+    if len(accuracies)<2:
+        raise ValueError(f"a choice by other targets needs two or more; got {len(accuracies)}")
     chosen = {t:accuracies.drop(index=t).mean().idxmax() for t in accuracies.index}
     got = pd.Series({t:accuracies.at[t,m] for t,m in chosen.items()})
     best = accuracies.max(axis=1)
-    return pd.DataFrame(dict(chosen=chosen, accuracy=got, best=accuracies.idxmax(axis=1), regret=best-got)).rename_axis('target')
+    return pd.DataFrame(dict(chosen=chosen, accuracy=got, best=accuracies.idxmax(axis=1),
+        regret=best-got)).rename_axis('target')
 
 # %% ../nbs/6_studies/20_survey.ipynb #e1090bdc
 def regrets(
@@ -97,7 +105,7 @@ def regrets(
     low,high = mean_interval(loss, n)
     return pd.DataFrame(dict(regret=loss.mean(), low=low, high=high)).sort_values('regret', kind='stable')
 
-# %% ../nbs/6_studies/20_survey.ipynb #8fa8f86b
+# %% ../nbs/6_studies/20_survey.ipynb #3d206a05
 def plot_methods(
     means:pd.DataFrame, # From `mean_gains`, rows of one `b`
     ax=None, # Axes to draw on; None: new ones
@@ -107,11 +115,13 @@ def plot_methods(
     d = means.sort_values('gain', kind='stable').reset_index(drop=True)
     if ax is None: ax = plt.subplots(figsize=(5, .8+.24*len(d)))[1]
     ax.hlines(d.index, 100*d.low, 100*d.high, color='#0072b2')
-    ax.scatter(100*d.gain, d.index, s=28, zorder=3, edgecolor='#0072b2', color=['#0072b2' if p<.05 else 'white' for p in d.holm])
+    ax.scatter(100*d.gain, d.index, s=28, zorder=3, edgecolor='#0072b2',
+        color=['#0072b2' if p<.05 else 'white' for p in d.holm])
     ax.axvline(0, color='k', lw=1.2)
     ax.set(yticks=d.index, yticklabels=d.a, xlabel=f'mean gain over {d.b.iloc[0]} (points)')
     return ax
 
+# %% ../nbs/6_studies/20_survey.ipynb #8fa8f86b
 def plot_targets(
     gains:pd.DataFrame, # From `gains_across`, rows of one `b`
     ax=None, # Axes to draw on; None: new ones
@@ -121,11 +131,13 @@ def plot_targets(
     from matplotlib import pyplot as plt
     m = 100*gains.pivot(index='a', columns='target', values='gain')
     m = m.loc[m.mean(axis=1).sort_values(ascending=False).index, m.mean().sort_values(ascending=False).index]
-    sure = gains.pivot(index='a', columns='target', values='verdict').loc[m.index,m.columns]!='no difference shown'
+    sure = gains.pivot(index='a', columns='target',
+        values='verdict').loc[m.index,m.columns]!='no difference shown'
     if ax is None: ax = plt.subplots(figsize=(2.4+.42*m.shape[1], 1.3+.25*m.shape[0]))[1]
     im = ax.imshow(m, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto')
     for i,j in zip(*np.nonzero(sure.to_numpy())):
-        ax.text(j, i, f'{m.iat[i,j]:+.1f}', ha='center', va='center', fontsize=6.5, color='w' if abs(m.iat[i,j])>.7*limit else 'k')
+        ax.text(j, i, f'{m.iat[i,j]:+.1f}', ha='center', va='center', fontsize=6.5,
+            color='w' if abs(m.iat[i,j])>.7*limit else 'k')
     ax.set(xticks=range(m.shape[1]), yticks=range(m.shape[0]), yticklabels=m.index)
     ax.set_xticklabels(m.columns, rotation=90)
     ax.figure.colorbar(im, ax=ax, label=f'gain over {gains.b.iloc[0]} (points)')

@@ -9,11 +9,12 @@ __all__ = ['compatibility_name', 'weighting_recipes', 'stored_weights', 'score_w
            'pair_gains', 'mantel', 'matrix_correlations', 'pair_predictions', 'weighting_answer']
 
 # %% ../nbs/6_studies/15_weightings.ipynb #0a57633b
-"""Whether compatibility is worth anything is a question about weights: the sources stay, the method stays, and only how much of
-each goes in changes. `compare_weightings` scores many weightings of each target and seed, so that `gains_across` can compare
-them, and keeps no merged model: each is scored, recorded and removed. `weight_moves` says how far the weights moved at all, for a
-factor that is the same for all sources moves nothing. `pair_gains` asks the matrix directly: is the merge of two compatible
-models better than what the two score by themselves? `mantel` tests two matrices of pairs, whose entries are not independent."""
+"""Whether compatibility is worth anything is a question about weights: the sources stay, the method stays, and
+only how much of each goes in changes. `compare_weightings` scores many weightings of each target and seed,
+so that `gains_across` can compare them, and keeps no merged model: each is scored, recorded and removed.
+`weight_moves` says how far the weights moved at all, for a factor that is the same for all sources moves
+nothing. `pair_gains` asks the matrix directly: is the merge of two compatible models better than what the
+two score by themselves? `mantel` tests two matrices of pairs, whose entries are not independent."""
 
 # %% ../nbs/6_studies/15_weightings.ipynb #efb4c6e0
 from dataclasses import replace
@@ -28,15 +29,17 @@ from .store import *
 from .compute_compatibility_matrix import *
 from .experiment import *
 
-# %% ../nbs/6_studies/15_weightings.ipynb #116a07b5
+# %% ../nbs/6_studies/15_weightings.ipynb #5a9453d0
 def compatibility_name(
     text:str, # 'tv', or 'similarity_x_tv_compatibility'
 )->str: # One of `compatibilities`
     "The measure that `text` names"
     name = text.strip().removeprefix('similarity_x_').removesuffix('_compatibility')
-    if name not in compatibilities: raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {text!r}")
+    if name not in compatibilities:
+        raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {text!r}")
     return name
 
+# %% ../nbs/6_studies/15_weightings.ipynb #116a07b5
 def weighting_recipes(
     measures:str, # Measures of compatibility, comma separated
     shuffles:int=1, # Shuffled controls of each measure
@@ -45,10 +48,11 @@ def weighting_recipes(
     out = {'similarity':{}, 'uniform':dict(weighting='uniform')}
     for m in map(compatibility_name, filter(str.strip, measures.split(','))):
         out[m] = dict(compatibility=m)
-        for i in range(shuffles): out[f'{m} shuffled' + (f' {i}' if shuffles>1 else '')] = dict(compatibility=m, shuffled=i)
+        for i in range(shuffles):
+            out[f'{m} shuffled' + (f' {i}' if shuffles>1 else '')] = dict(compatibility=m, shuffled=i)
     return out
 
-# %% ../nbs/6_studies/15_weightings.ipynb #dfb26e71
+# %% ../nbs/6_studies/15_weightings.ipynb #c8af4b12
 def stored_weights(
     store, # File of the result store
 )->dict: # Id of an experiment -> Series, source -> weight
@@ -57,6 +61,7 @@ def stored_weights(
     d['source'] = d['name'].astype(str).str.removeprefix('source:')
     return {h:o.set_index('source')['value'].rename('weight') for h,o in d.groupby('hash', sort=False)}
 
+# %% ../nbs/6_studies/15_weightings.ipynb #dfb26e71
 def score_weights(
     experiment:Experiment, # Its first method is used
     models:dict, # Source -> model folder
@@ -67,8 +72,10 @@ def score_weights(
     weights:pd.Series|None=None, # From `stored_weights`; None: compatibility is measured
 )->tuple: # (weights, `Accuracy` on the target's test set)
     "Merge, score and record one experiment without keeping the merged model"
-    e,s = experiment,Store(store or Path(out)/'store.sqlite')
-    m,o = e.methods[0],dict(locale=e.target, split='test')
+    e = experiment
+    s = Store(store or Path(out)/'store.sqlite')
+    m = e.methods[0]
+    o = dict(locale=e.target, split='test')
     if weights is None: weights = e.compatible(e.select(similarity), models, out, device)
     sources = {k:models[k] for k in weights.index}
     e.contract(list(weights.index))
@@ -93,7 +100,9 @@ def compare_weightings(
 )->tuple: # (one `Result` per experiment with an accuracy per weighting and 'own', weights in long form)
     "Score every weighting of every experiment"
     from tqdm.auto import tqdm
-    results,rows,known = [],[],stored_weights(store or Path(out)/'store.sqlite')
+    results = []
+    rows = []
+    known = stored_weights(store or Path(out)/'store.sqlite')
     with tqdm(total=len(experiments)*len(recipes), disable=not progress) as bar:
         for e in experiments:
             variants = {k:replace(e, **v) for k,v in recipes.items()}
@@ -105,7 +114,8 @@ def compare_weightings(
             merging = models if e.include_target else {k:v for k,v in models.items() if k!=e.target}
             for k,v in variants.items():
                 w,acc[k] = score_weights(v, merging, sim, out, store, device, known.get(v.id))
-                rows += [dict(weighting=k, target=e.target, seed=e.seed, source=o, weight=x, similarity=plain[o]) for o,x in w.items()]
+                rows += [dict(weighting=k, target=e.target, seed=e.seed, source=o, weight=x,
+                    similarity=plain[o]) for o,x in w.items()]
                 bar.set_description(f'{e.target} {k}')
                 bar.update()
             scores = sim[e.target].drop(e.target, errors='ignore')
@@ -118,8 +128,10 @@ def weight_moves(
 )->pd.DataFrame: # Weighting × (mean_largest, largest, exchanged), in [0, 1]
     "Changes against the similarity weights: the largest one of a run, its mean over runs and its largest, and the share exchanged"
     d = weights.assign(move=(weights.weight-weights.similarity).abs())
-    run = d.groupby(['weighting','target','seed'], sort=False).move.agg(['max','sum']).groupby('weighting', sort=False)
-    return pd.DataFrame({'mean_largest':run['max'].mean(), 'largest':run['max'].max(), 'exchanged':run['sum'].mean()/2})
+    run = d.groupby(['weighting','target','seed'], sort=False).move.agg(['max','sum']).groupby('weighting',
+        sort=False)
+    return pd.DataFrame({'mean_largest':run['max'].mean(), 'largest':run['max'].max(),
+        'exchanged':run['sum'].mean()/2})
 
 # %% ../nbs/6_studies/15_weightings.ipynb #8b1782ab
 def pair_gains(
@@ -132,7 +144,8 @@ def pair_gains(
 )->dict: # 'over mean' and 'over best' -> names × names, gains in [-1, 1], NaN on the diagonal
     "What the equal merge of each pair gains over the two"
     from tqdm.auto import tqdm
-    names,sim = list(models),experiment.similarity_matrix(out)
+    names = list(models)
+    sim = experiment.similarity_matrix(out)
     alone = {k:a.value for k,a in experiment.test_models(models, out, device).items()}
     mean = pd.DataFrame(np.nan, names, names)
     best = mean.copy()
@@ -143,9 +156,10 @@ def pair_gains(
         best.loc[a,b] = best.loc[b,a] = v-max(alone[a], alone[b])
     return {'over mean':mean, 'over best':best}
 
-# %% ../nbs/6_studies/15_weightings.ipynb #7eff578c
+# %% ../nbs/6_studies/15_weightings.ipynb #8fcf3dfc
 def _ranks(x, rank): return pd.Series(x).rank().to_numpy() if rank else x
 
+# %% ../nbs/6_studies/15_weightings.ipynb #7eff578c
 def mantel(
     a:pd.DataFrame, # Symmetric, 4 names or more; the diagonal is not looked at
     b:pd.DataFrame, # The same names
@@ -154,11 +168,15 @@ def mantel(
     rank:bool=True, # Spearman's correlation (True) or Pearson's (False)
 )->tuple: # (correlation over pairs, two-sided p-value)
     "Correlation of two matrices of pairs"
-    if set(a.index)!=set(b.index) or len(a)<4: raise ValueError(f"give two matrices of the same 4 names or more; got {len(a)} and {len(b)}")
+    if set(a.index)!=set(b.index) or len(a)<4:
+        raise ValueError(f"give two matrices of the same 4 names or more; got {len(a)} and {len(b)}")
     i = np.triu_indices(len(a), 1)
-    x,y = a.to_numpy(float),b.loc[a.index,a.index].to_numpy(float)
+    x = a.to_numpy(float)
+    y = b.loc[a.index,a.index].to_numpy(float)
     if np.isnan(x[i]).any() or np.isnan(y[i]).any(): raise ValueError("a pair is NaN; leave its model out")
-    u,v,m = _ranks(x[i], rank),_ranks(y[i], rank),np.zeros_like(y)
+    u = _ranks(x[i], rank)
+    v = _ranks(y[i], rank)
+    m = np.zeros_like(y)
     if not (np.ptp(u) and np.ptp(v)): return np.nan,1.
     u,v = ((o-o.mean())/np.linalg.norm(o-o.mean()) for o in (u, v))
     m[i] = v
@@ -168,7 +186,7 @@ def mantel(
     chance = np.concatenate([m[o[:,i[0]],o[:,i[1]]]@u for o in np.array_split(q, 1+n//500)])
     return float(u@v),float((1+(abs(chance)>=abs(u@v)-1e-12).sum())/(n+1))
 
-# %% ../nbs/6_studies/15_weightings.ipynb #72bbf1ef
+# %% ../nbs/6_studies/15_weightings.ipynb #95d69530
 def matrix_correlations(
     matrices:dict, # Name -> names × names
     n:int=9999, # Permutations
@@ -179,6 +197,7 @@ def matrix_correlations(
     df = pd.DataFrame(rows, columns=['a','b','correlation','p'])
     return df.assign(holm=holm(df.p))
 
+# %% ../nbs/6_studies/15_weightings.ipynb #72bbf1ef
 def pair_predictions(
     compatibility:dict, # (Target, seed) -> name of a measure -> names × names
     gains:dict, # (Target, seed) -> from `pair_gains`
@@ -205,6 +224,7 @@ def weighting_answer(
         r = means[(means.a==a)&(means.b==b)].iloc[0]
         word = 'not shown to differ from' if r.holm>.05 else 'above' if r.gain>0 else 'below'
         return f"{word} {b} ({100*r.gain:+.2f} points [{100*r.low:+.2f}, {100*r.high:+.2f}], corrected p {r.holm:.3g})"
-    parts = [f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is {say(m, 'similarity')}" +
+    parts = [f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is "
+        f"{say(m, 'similarity')}" +
         ''.join(f" and {say(m, b)}" for b in means[(means.a==m)&(means.b!='similarity')].b) for m in measures]
     return f"Over {means.targets.iloc[0]} targets, {'; '.join(parts)}."
