@@ -112,7 +112,7 @@ class Bases:
     clusters:object # Number of the basis of each task, (T,); None where tasks are not grouped
     gram:pd.DataFrame # Inner products of the task vectors at the fit
     norms:np.ndarray # Squared length of each task vector, (T,)
-    cross:np.ndarray # Inner products of stored vectors with task vectors, (S, T); S is M, or M + 1 with `offset`
+    cross:np.ndarray # Inner products of stored vectors and task vectors, (S, T); S is M, or M + 1 with `offset`
     inner:np.ndarray # Those of stored vectors, (S, S)
     head:str # 'bases' or 'own'
     exclude:object # Tensors that do not count in inner products
@@ -125,7 +125,8 @@ class Bases:
         "M"
         return len(self.decoder)
     def __repr__(self):
-        return f"Bases({self.n_bases} {self.kind}{' and the mean' if self.offset else ''} for {len(self.names)} tasks)"
+        mean = ' and the mean' if self.offset else ''
+        return f"Bases({self.n_bases} {self.kind}{mean} for {len(self.names)} tasks)"
     def _whole(self): return np.vstack([self.decoder, np.ones((int(self.offset),len(self.names)))])
     def _at(self, task):
         if task in self.names: return self.names.index(task)
@@ -146,7 +147,8 @@ def _checked(base, sources, n_bases, kind, seed, head, options):
     given = inspect.signature(_solvers[kind])
     try: given.bind(None, n_bases, seed, **options)
     except TypeError as e:
-        raise TypeError(f"{kind}: {e}; its options are {', '.join(list(given.parameters)[3:]) or 'none'}") from e
+        allowed = ', '.join(list(given.parameters)[3:]) or 'none'
+        raise TypeError(f"{kind}: {e}; its options are {allowed}") from e
     if kind!='cluster': return (check_count(n_bases, len(sources)),None,None)
     by,inner,hp = _cluster(None, n_bases, **options)
     check_groups(list(sources), n_bases, by)
@@ -174,7 +176,7 @@ def fit_bases(
     n_bases:int|None=None, # M, 1 to T; None: as many groups as 'spectral' finds or `by` names, for 'cluster'
     kind:str='ae', # One of `basis_kinds`
     seed:int=0, # Of what is drawn
-    gram=None, # Inner products of an earlier fit with the same models, `head` and `exclude`: its `.gram`; None: measured
+    gram=None, # `.gram` of an earlier fit with the same models, `head` and `exclude`; None: measured
     head:str='bases', # 'bases': the classifier is compressed too; 'own': each task keeps its own
     exclude=None, # Pattern searched in tensor names, or names, which do not count in inner products
     **options, # Of the kind: see `autoencoder`; `by`, `inner`, `hp` of 'cluster'
@@ -320,7 +322,7 @@ def add_tasks(self:Bases,
 def negate(self:Bases,
     task:str, # One of `names`, to be forgotten
     scale:float=1., # How much of it is subtracted
-    head:str|None=None, # Task whose classifier the model gets, where tasks keep their own; None: that of `task`
+    head:str|None=None, # Task whose classifier the model gets, where each has its own; None: that of `task`
     out=None, # Folder to write; None: in memory
 ): # Dictionary of tensors, or the folder
     "The base minus the task vector of `task`"
@@ -339,7 +341,7 @@ class _Stored(Scan):
 def add_bases(self:Bases,
     weights:dict|None=None, # Number of a basis -> weight, 0 for the others; None: by `outer`
     scale:float=1., # Multiplies the sum
-    outer:str='task_arithmetic', # 'task_arithmetic': 1 each; 'mean'; 'size_weighted'; or a merge method, e.g. 'ties'
+    outer:str='task_arithmetic', # 'task_arithmetic' (1 each), 'mean', 'size_weighted' or a merge method, e.g. 'ties'
     hp:dict|None=None, # Hyperparameters of a merge method
     head:str|None=None, # Task whose classifier the model gets, where tasks keep their own; None: none
     out=None, # Folder to write; None: in memory
@@ -423,7 +425,7 @@ def _write(self:Bases, d):
 @patch
 def save(self:Bases,
     folder, # Folder to write
-    replace:bool=False, # Replace an earlier result in `folder`, which holds nothing else (True), or refuse (False)
+    replace:bool=False, # Replace an earlier result in `folder` if nothing else is in it, or refuse (False)
 )->Path:
     "Write the bases, so that the fine-tuned models are not needed"
     p = self.place
@@ -496,7 +498,7 @@ def load(cls:Bases,
 # %% ../nbs/2_merging/85_bases.ipynb #0bea95ed
 @patch
 def _compared(self:Bases, source, name):
-    "A new source without a classifier of its own, that, and inner products with the stored vectors and itself"
+    "A new source without its own classifier, that, and inner products with the stored vectors and itself"
     p = self.place
     s = self.mix.shape[1]
     part,own = split_head(as_model(source, p.base.path), self.head=='own', p.labels)
@@ -542,7 +544,9 @@ def add(self:Bases,
 def _join(self:Bases, tau, x, threshold):
     i,turn = join_group(self.clusters, compare_new(x)[0], threshold)
     one = lambda a: np.block([[a, np.zeros((len(a),1))],[np.zeros(a.shape[1]), 1.]])@turn
-    self.mix,self.raw,self.encoder = one(self.mix),[*self.raw,tau],self.encoder if self.encoder is None else one(self.encoder)
+    self.mix = one(self.mix)
+    self.raw = [*self.raw,tau]
+    if self.encoder is not None: self.encoder = one(self.encoder)
     old = np.vstack([self.cross, np.full(len(self.names), np.nan)])[:turn.shape[1]]
     old[i] = np.nan # The task vectors may be gone
     self.inner = turn.T@x@turn

@@ -225,7 +225,7 @@ def _value(text):
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each
-    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; left out where the method needs none
+    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; some methods need none
     weights:str=None, # One weight per source, as .5,.5 or en-US=.5,de-DE=.5; without it, the method's own
     hp:str='', # Hyperparameters of the method, as density=.1,scale=1
     config:str=None, # A mergekit recipe (YAML) in place of sources, base, weights, method and hp

@@ -99,7 +99,8 @@ class Surface:
         "The method as it is called in tables"
         return method_label({'method':self.method, **self.options})
     def __repr__(self):
-        return f"Surface({self.label}; {len(self.points)} merges of {', '.join(self.names)}; {len(self.trials.data)} texts)"
+        names = ', '.join(self.names)
+        return f"Surface({self.label}; {len(self.points)} merges of {names}; {len(self.trials.data)} texts)"
 
 # %% ../nbs/6_studies/55_explorer.ipynb #a819e267
 @patch
@@ -117,7 +118,7 @@ _steps = {2:20, 3:12, 4:6, 5:5} # Number of sources -> steps; 21, 91, 84 and 126
 
 # %% ../nbs/6_studies/55_explorer.ipynb #89a95120
 def surface(
-    trials:Trials, # Two to five sources, and texts with labels; give it a bank and an interrupted surface goes on
+    trials:Trials, # Two to five sources, and labelled texts; with a bank an interrupted surface goes on
     method:str='linear', # Name in `methods`
     steps:int|None=None, # Steps of the grid; None: 20, 12, 6 or 5 for two, three, four or five sources
     marks:dict|None=None, # Name -> shares of further points of interest; equal shares are always one
@@ -140,7 +141,7 @@ def surface(
 
 # %% ../nbs/6_studies/55_explorer.ipynb #ae3f49cc
 @patch
-def scores(self:Surface)->pd.DataFrame: # One row for each point of the grid: shares, accuracy, low, high, entropy
+def scores(self:Surface)->pd.DataFrame: # A row for each point: shares, accuracy, low, high, entropy
     "The grid as a table"
     return pd.DataFrame([dict(p.weights, accuracy=p.accuracy.value, low=p.accuracy.low, high=p.accuracy.high,
         entropy=p.entropy)
@@ -356,7 +357,7 @@ def show(self:Explorer)->None:
 
 # %% ../nbs/6_studies/55_explorer.ipynb #4513ec85
 def _data(surfaces, path):
-    "What the script needs: weights in steps, right answers per class less those of equal weights, differences in 1e-4"
+    "What the script needs: weights in steps, right answers per class less equal weights, gaps in 1e-4"
     s = next(iter(surfaces.values()))
     codes,classes = pd.factorize(s.labels, sort=True)
     points = lambda s: [*s.points, *s.marks.values()]
@@ -383,7 +384,8 @@ def _note(surfaces, path):
     text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. "
         f"Entropy needs no labels; the rank correlation of certainty with accuracy over the grid is {rho}. ")
     if any(len(s.names)>3 for s in surfaces.values()):
-        text += "The triangle holds the other sources at the grid point nearest to the current weights; what lies outside is projected. "
+        text += ("The triangle holds the other sources at the grid point nearest to the current weights; "
+            "what lies outside is projected. ")
     if path is None: return text
     a,b = path['sum'].iloc[[0,-1]]
     total = '1 throughout' if abs(path['sum']-1).max()<1e-6 else f'from {a:.2f} to {b:.2f}'

@@ -59,7 +59,7 @@ def largest(
     taus:Tensor, # Task vectors, (n, *shape)
     density:float=.05, # Fraction of values chosen in each, in (0, 1]
     threshold:Tensor|None=None, # Smallest magnitude chosen, (n,); None: from these values
-    limit:Tensor|None=None, # Number of leading positions where a magnitude equal to it is chosen, (n,); None: everywhere
+    limit:Tensor|None=None, # Leading positions where a magnitude equal to it is chosen, (n,); None: all
 )->Tensor: # Same shape, bool
     "Where the `density` largest values of each task vector are, by magnitude"
     size = taus.reshape(len(taus), -1).abs()
@@ -83,7 +83,8 @@ def coverage(
     weights:Tensor|None=None, # One per source, (n,); None: equal
 )->Tensor: # Same shape, float64; sums to 1 where a value is owned, 0 elsewhere
     "The share of each source in every value"
-    w = torch.ones(len(masks)) if weights is None or (weights==weights[0]).all() else weights # So that shares are exact
+    equal = weights is None or (weights==weights[0]).all()
+    w = torch.ones(len(masks)) if equal else weights # So that shares are exact
     total = torch.zeros(masks.shape[1:], dtype=torch.float64, device=masks.device)
     for m,o in zip(masks, w.tolist()): total.add_(m.double(), alpha=o)
     total.masked_fill_(total==0, 1)
@@ -183,7 +184,7 @@ def localize_and_stitch(
     taus:Tensor, # Task vectors, (n, *shape)
     weights:Tensor, # One per source, above 0, (n,); count where several sources own a value
     density:float=.05, # Fraction of values that each source owns, in (0, 1]; of no account with `masks`
-    keys='no_embeddings', # Where they are chosen: 'no_embeddings', 'all' or names, as for `mask_scope`; of no account with `masks`
+    keys='no_embeddings', # Where they are chosen, as for `mask_scope`; of no account with `masks`
     masks=None, # `Masks` of the sources, or their folder; None: the largest values
     threshold:Tensor|None=None, # From `merge`: smallest magnitude owned, (n,)
     limit:Tensor|None=None, # From `merge`: positions where a magnitude equal to it is owned, (n,)
@@ -209,7 +210,7 @@ def stitch(
     masks, # `Masks` that have one for each source, or their folder
     out=None, # Folder to write; None: in memory
     weights=None, # Name -> weight, or a list; None: equal
-    head:str='average', # Head policy: 'average', 'best', 'base', or 'own': none in the result, which stays in memory
+    head:str='average', # Head policy: 'average', 'best', 'base', or 'own' (no head in the result)
     **options, # Other arguments of `merge`
 ): # Dictionary of tensors, or the `MergeReport` of the folder
     "Merge the values that `masks` give to each source"
@@ -352,7 +353,8 @@ class _Learner:
             p = self.params[block.key]
             at = slice(block.start, block.start+b.numel())
             flat = lambda t: None if t is None else t.detach().view(-1)[at]
-            yield flat(p),flat(p.grad),self.scores[block.key][at],b.reshape(-1).to(p.device),taus.reshape(-1).to(p.device)
+            base,tau = b.reshape(-1).to(p.device),taus.reshape(-1).to(p.device)
+            yield flat(p),flat(p.grad),self.scores[block.key][at],base,tau
     def write(self, shares):
         for p,_,s,b,tau in self.pieces(): p.copy_(b+shares(s)*tau)
     def backward(self, batches):
@@ -412,7 +414,7 @@ def _learn(w, batches):
 
 # %% ../nbs/2_merging/90_localize.ipynb #3b2ff702
 def learn_masks(
-    model, # Classifier whose parameters are overwritten; or name -> one, where sources have labels of their own
+    model, # Classifier that is overwritten; or name -> one, where sources have their own labels
     base, # Pretrained model: path or dictionary of tensors
     sources:dict, # Name -> fine-tuned model, path or dictionary
     batches:dict, # Name -> list of dictionaries of tensors: `labels`, and what the model takes

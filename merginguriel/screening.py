@@ -71,7 +71,7 @@ def _numbers(names, sets, k):
 def screen(
     predictions:dict, # Candidate -> `Predictions` for the same items; `stacked` says what they must share
     k:int, # Members of a set
-    gram:pd.DataFrame|None=None, # Inner products of the candidates' task vectors, by name; None: no column `spread`
+    gram:pd.DataFrame|None=None, # Inner products of the task vectors, by name; None: no column `spread`
     sets=None, # Sets of names to score; None: all C(n, k) sets
     keep:int|None=100, # Rows returned, the best by `estimate`; None: all
 )->pd.DataFrame: # sources (tuple of names), estimate and members (accuracies in [0, 1]), spread; best first

@@ -99,7 +99,7 @@ def regrets(
     accuracies:pd.DataFrame, # (target × method)
     n:int=10000, # Resamples of the targets
 )->pd.DataFrame: # One row per rule: regret, low, high; best first
-    "What is lost on average by always taking one method, and by choosing by the other targets; 95 % intervals over targets"
+    "What always taking one method loses on average, and choosing by the other targets; 95 % intervals"
     loss = accuracies.rsub(accuracies.max(axis=1), axis=0).rename(columns='always {}'.format)
     loss['best of the others'] = choice_by_others(accuracies).regret
     low,high = mean_interval(loss, n)
@@ -110,7 +110,7 @@ def plot_methods(
     means:pd.DataFrame, # From `mean_gains`, rows of one `b`
     ax=None, # Axes to draw on; None: new ones
 ): # The axes
-    "Mean gain of each method over targets with its interval, the best on top; filled where it differs after correction"
+    "Mean gain of each method over targets, the best on top; filled where it differs after correction"
     from matplotlib import pyplot as plt
     d = means.sort_values('gain', kind='stable').reset_index(drop=True)
     if ax is None: ax = plt.subplots(figsize=(5, .8+.24*len(d)))[1]

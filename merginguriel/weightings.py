@@ -126,7 +126,7 @@ def compare_weightings(
 def weight_moves(
     weights:pd.DataFrame, # From `compare_weightings`
 )->pd.DataFrame: # Weighting × (mean_largest, largest, exchanged), in [0, 1]
-    "Changes against the similarity weights: the largest one of a run, its mean over runs and its largest, and the share exchanged"
+    "Changes against the similarity weights: a run's largest, its mean and largest over runs, and the share"
     d = weights.assign(move=(weights.weight-weights.similarity).abs())
     run = d.groupby(['weighting','target','seed'], sort=False).move.agg(['max','sum']).groupby('weighting',
         sort=False)
@@ -223,7 +223,8 @@ def weighting_answer(
     def say(a, b):
         r = means[(means.a==a)&(means.b==b)].iloc[0]
         word = 'not shown to differ from' if r.holm>.05 else 'above' if r.gain>0 else 'below'
-        return f"{word} {b} ({100*r.gain:+.2f} points [{100*r.low:+.2f}, {100*r.high:+.2f}], corrected p {r.holm:.3g})"
+        interval = f"[{100*r.low:+.2f}, {100*r.high:+.2f}]"
+        return f"{word} {b} ({100*r.gain:+.2f} points {interval}, corrected p {r.holm:.3g})"
     parts = [f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is "
         f"{say(m, 'similarity')}" +
         ''.join(f" and {say(m, b)}" for b in means[(means.a==m)&(means.b!='similarity')].b) for m in measures]
