@@ -109,7 +109,8 @@ def fit(self:Arithmetic,
     if key not in self.fits:
         real,by = ('cluster',dict(by='random')) if kind=='random_cluster' else (kind,{})
         gram = None if kind=='random' else self.whole.gram
-        self.fits[key] = fit_bases(self.base, {t:self.models[t] for t in tasks}, n_bases, real, seed, gram, self.head, **by|options)
+        self.fits[key] = fit_bases(self.base, {t:self.models[t] for t in tasks}, n_bases, real, seed=seed, gram=gram,
+            head=self.head, **by|options)
     return self.fits[key]
 
 # %% ../nbs/6_studies/45_arithmetic.ipynb #7978dd62
@@ -278,7 +279,8 @@ def online(self:Arithmetic,
     order = [self.names[i] for i in np.random.default_rng(derive_seed(seed, 'order')).permutation(len(self.names))]
     start = max(n_bases, len(order)//2) if start is None else start
     first,rows = {t:self.models[t] for t in order[:start]},[]
-    b = fit_bases(self.base, first, n_bases, kind, seed, self.whole.gram if kind!='random' else None, self.head)
+    gram = self.whole.gram if kind!='random' else None
+    b = fit_bases(self.base, first, n_bases, kind, seed=seed, gram=gram, head=self.head)
     for n in range(start, len(order)+1):
         if n>start: b.add(order[n-1], self.models[order[n-1]])
         if (n-start)%every and n<len(order): continue

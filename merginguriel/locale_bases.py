@@ -30,6 +30,7 @@ from .outputs import *
 from .locales import *
 from .clustering import *
 from .checkpoint import *
+from .validation import *
 from .bases import *
 from .data import *
 from .train import *
@@ -139,7 +140,8 @@ def fit(self:Locales,
     kind,options = check_design(design)
     models = {o:p for o,p in self.models.items() if o not in without}
     if (key := (design,n_bases,draw,*models)) not in self._fits:
-        self._fits[key] = fit_bases(self.start, models, n_bases, kind, draw, None if kind=='random' else self.gram, **options)
+        gram = None if kind=='random' else self.gram
+        self._fits[key] = fit_bases(self.start, models, n_bases, kind, seed=draw, gram=gram, **options)
     return self._fits[key]
 
 @contextmanager
