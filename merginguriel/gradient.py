@@ -26,9 +26,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor,nn
 from torch.nn import functional as F
-from .core import *
 from .loading import *
-from .checkpoint import *
 from .task_vector import *
 
 # %% ../nbs/2_merging/50_gradient.ipynb #8bb21a2f

@@ -3,8 +3,11 @@ import json, math
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 import torch
+import merginguriel.basis_solvers as solvers_module
 import merginguriel.bases as bases_module
+import merginguriel.raw_vectors as vectors_module
 from merginguriel.bases import *
+from merginguriel.basis_solvers import basis_kinds
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.clustering import adjusted_rand, cosines, eigengap, laplacian_spectrum
 from merginguriel.core import CheckpointError, IncompatibleError, MissingDataError
@@ -172,7 +175,7 @@ def test_fisher_inside_a_group(world):
 def test_blocks_and_files_change_nothing(world, name, monkeypatch, tmp_path):
     whole = fit(world, name)
     before = {k:{n:v.clone() for n,v in m.items()} for k,m in world.sources.items()}
-    monkeypatch.setattr(bases_module, '_size', lambda n: 6)
+    for o in (bases_module, vectors_module): monkeypatch.setattr(o, 'block_size', lambda n: 6)
     small = fit(world, name, base=world.path, sources=world.paths)
     assert np.abs(small.decoder-whole.decoder).max() < 1e-4 and small.error().error == pytest.approx(whole.error().error, abs=1e-6)
     assert back(world, small) == pytest.approx(back(world, whole), abs=1e-6)
@@ -197,7 +200,7 @@ def test_a_gram_that_is_known_is_not_measured_again(world, monkeypatch):
     a = fit(world, 'svd')
     g = task_vector_gram(world.base, world.sources)
     assert a.gram.to_numpy() == pytest.approx(g.to_numpy())
-    monkeypatch.setattr(bases_module, 'iter_products', None)
+    monkeypatch.setattr(solvers_module, 'iter_products', None)
     b = fit(world, 'svd', gram=g.loc[sorted(TASKS),sorted(TASKS)])
     assert b.decoder == pytest.approx(a.decoder) and b.names == TASKS
 
