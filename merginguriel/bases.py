@@ -32,7 +32,6 @@ from .validation import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
-from .task_vector import _pick
 from .adapter import *
 from .head import *
 from .loop import *
@@ -44,7 +43,7 @@ _all_ = ['choose_scale','choose_forgetting','keep_good','majority_accuracy'] # O
 
 # %% ../nbs/2_merging/85_bases.ipynb #f048a57e
 def _floats(spec): return [k for k,(dt,_) in spec.items() if dt.is_floating_point]
-def _with(view, own): return Checkpoint(view.path, {**(open_checkpoint(own)._entries if own else {}), **view._entries})
+def _with(view, own): return Checkpoint(view.path, {**(open_checkpoint(own).entries if own else {}), **view.entries})
 
 def _place(base, sources, head):
     "Where the values are, and the open sources without classifiers of their own"
@@ -164,7 +163,7 @@ def fit_bases(
     "Find M vectors for the task vectors of `sources`"
     by,inner,hp = _checked(base, sources, n_bases, kind, seed, head, options)
     p,parts = _place(base, sources, head)
-    names,taus,keys = list(parts),[_tau(c) for c in parts.values()],_pick(p.keys, exclude)
+    names,taus,keys = list(parts),[_tau(c) for c in parts.values()],kept_tensors(p.keys, exclude)
     n,labels,encoder = len(names),None,None
     if kind=='random': raw,decoder = [_signs(seed, m) for m in range(n_bases)],None
     else: g = sum(o[:-1,:-1] for _,o,_ in iter_products(p.view, parts, keys)).numpy() if gram is None else named_gram(gram, names)
@@ -404,7 +403,7 @@ def load(cls:Bases,
     if kept_digest(p.base)[0]!=s.base['digest']: raise IncompatibleError(f"{base} is not the base to which {folder} was fitted")
     p.view = _with(view, p.own)
     if c := files.get('classifiers.safetensors'):
-        for k in c: p.heads.setdefault(k.rpartition('/')[0], {})[k.rpartition('/')[2]] = c._entry(k)
+        for k in c: p.heads.setdefault(k.rpartition('/')[0], {})[k.rpartition('/')[2]] = c.entry(k)
         p.heads = {t:Checkpoint(c.path, v) for t,v in p.heads.items()}
     raw = [_saved(c) for k,c in sorted(files.items()) if k.startswith('basis-')] or [_signs(s.seed, m) for m in range(len(s.decoder))]
     return cls(s.kind, s.names, from_lists(s.encoder), from_lists(s.decoder), s.offset, s.clusters and np.array(s.clusters), pd.DataFrame(
@@ -420,7 +419,7 @@ def _compared(self:Bases, source, name):
     if set(p.own)&set(head_keys(p.spec)): check_one_head({'the bases':p.view, name:part})
     tau = _tau(part)
     both = lambda block,b: torch.cat([self._vectors(block, b), tau(block, b)[None]])
-    return part,own,_products(p, _pick(p.keys, self.exclude), s+1, both)
+    return part,own,_products(p, kept_tensors(p.keys, self.exclude), s+1, both)
 
 @patch
 def nearest(self:Bases,

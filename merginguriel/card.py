@@ -8,18 +8,33 @@ Docs: https://merginguriel.github.io/merginguriel/0_ground/card.html.md"""
 __all__ = ['card_facts', 'listed', 'licence_note', 'model_card', 'write_card']
 
 # %% ../nbs/0_ground/40_card.ipynb #f6162394
-"""A merged model is a folder that travels. Who opens it a year later must learn from it what went in, whether the
-terms of the sources allow its use, and how good it was found to be. `write_card` puts that into its README.md, from
-the record that `merge` wrote, which has what the cards of the sources say; `model_card` is the text. The table at its top is
+"""A merged model is a folder that travels. Somebody who opens it a year later must be able to learn from it
+which models went in, whether their licences allow its use, and how good it was found to be. `write_card`
+writes all of that into the README.md of the folder. It takes it from the record that `merge` left there,
+which also holds what the cards of the sources say. `model_card` is the text itself; the table at its top is
 the one that the Hugging Face hub reads."""
 
 # %% ../nbs/0_ground/40_card.ipynb #e75638cf
-import json,re
+import json,math,re
 from numbers import Real
 from pathlib import Path
 import yaml
 from .core import *
 from .outputs import *
+
+# %% ../nbs/0_ground/40_card.ipynb #7586627d
+def _several(o):
+    if o is None: return []
+    return [str(v) for v in o] if isinstance(o, list) else [str(o)]
+
+def _top(folder):
+    "The table at the top of the card in `folder`; empty where it cannot be read"
+    try: text = (folder/'README.md').read_text(encoding='utf-8')
+    except (OSError,UnicodeDecodeError): return {}
+    m = re.match(r'---\s*\n(.*?)\n---\s*(\n|$)', text, re.S)
+    try: o = yaml.safe_load(m[1]) if m else None
+    except yaml.YAMLError: return {}
+    return o if isinstance(o, dict) else {}
 
 # %% ../nbs/0_ground/40_card.ipynb #981988a2
 def card_facts(
@@ -28,40 +43,41 @@ def card_facts(
     "What the card of a model says"
     if path is None or not Path(path).exists(): return {}
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    top = _top(folder)
+    facts = {k:_several(top.get(k)) for k in ('license','language')}
     hub = re.search(r'models--([^/]+)/snapshots/', f'{folder.resolve()}/') # A download of huggingface_hub
-    try: text = (folder/'README.md').read_text(encoding='utf-8')
-    except (OSError,UnicodeDecodeError): text = ''
-    m = re.match(r'---\s*\n(.*?)\n---\s*(\n|$)', text, re.S)
-    try: o = yaml.safe_load(m[1]) if m else None
-    except yaml.YAMLError: o = None
-    o = {k:_several(o.get(k)) for k in ('license','language')} if isinstance(o, dict) else {}
-    return {k:v for k,v in (o|dict(hub=hub and hub[1].replace('--', '/'))).items() if v}
+    if hub: facts['hub'] = hub[1].replace('--', '/')
+    return {k:v for k,v in facts.items() if v}
 
-def _several(o): return [] if o is None else [str(v) for v in o] if isinstance(o, list) else [str(o)]
-
-# %% ../nbs/0_ground/40_card.ipynb #96baa485
+# %% ../nbs/0_ground/40_card.ipynb #521f5206
 def listed(
     names:list, # Words
 )->str:
     "`a, b and c`"
-    return ' and '.join([', '.join(names[:-1])]*(len(names)>1)+names[-1:])
+    if len(names)<2: return ''.join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
+# %% ../nbs/0_ground/40_card.ipynb #96baa485
 def licence_note(
     licences:dict, # Name of a model -> its licence, or None
 )->tuple: # The licence of the merge or None, and a sentence
     "What the licences of the models mean for their merge"
     by = {}
     for k,v in licences.items(): by.setdefault(v, []).append(k)
-    lack = f"The licence of {listed(by.pop(None))} is not known here." if None in by else ''
-    if len(by)==1:
-        (one,names), = by.items()
-        if not lack: return one,f"All models that went in have the licence `{one}`."
-        return None,f"{lack} {listed(names)}: `{one}`. Look it up before the merged model is used or passed on."
-    if not by: return None,f"{lack} Look it up before the merged model is used or passed on."
+    unknown = by.pop(None, [])
+    lack = [f"The licence of {listed(unknown)} is not known here."] if unknown else []
     each = '; '.join(f"`{k}`: {listed(v)}" for k,v in by.items())
-    return None,f"The models have different licences ({each}). {lack and lack+' '}The merged model must keep the terms of all of them."
+    if len(by)==1 and not lack:
+        one, = by
+        return one,f"All models that went in have the licence `{one}`."
+    if len(by)>1:
+        say = [f"The models have different licences ({each}).", *lack,
+            "The merged model must keep the terms of all of them."]
+        return None,' '.join(say)
+    known = [f"{listed(names)}: `{one}`." for one,names in by.items()]
+    return None,' '.join([*lack, *known, "Look it up before the merged model is used or passed on."])
 
-# %% ../nbs/0_ground/40_card.ipynb #3ad8e7b8
+# %% ../nbs/0_ground/40_card.ipynb #8e6420b5
 _tasks = {'SequenceClassification':'text-classification', 'ImageClassification':'image-classification',
     'TokenClassification':'token-classification', 'MaskedLM':'fill-mask'}
 
@@ -69,70 +85,102 @@ def _languages(used):
     names = [o['name'].split('-')[0] for o in used if re.fullmatch(r'[a-z]{2,3}-[A-Z]{2}', o['name'])]
     return sorted(set(names or [k for o in used for k in o['card'].get('language', [])]))
 
-def _known(v): return isinstance(v, (str,Real)) and v==v # Not None, NaN or pandas' NA
+# %% ../nbs/0_ground/40_card.ipynb #a4e60716
+def _known(v):
+    "Whether `v` is text or a number: not None, NaN or pandas' NA"
+    return isinstance(v, str) or (isinstance(v, Real) and not math.isnan(v))
 
-def _results(scores, task):
+def _result(o, task):
+    "One row of scores in the form of the hub"
     from huggingface_hub import EvalResult
-    return [EvalResult(task_type=task or 'text-classification', dataset_type=o.get('dataset') or 'unknown',
-        dataset_name=f"{o.get('dataset') or 'test set'} {o.get('locale') or ''}".strip(), dataset_config=o.get('locale'),
-        dataset_split=o.get('split'), metric_type=o.get('metric') or 'accuracy', metric_value=round(float(o['value']), 6)) for o in scores]
+    name = f"{o.get('dataset') or 'test set'} {o.get('locale') or ''}".strip()
+    return EvalResult(task_type=task or 'text-classification', dataset_type=o.get('dataset') or 'unknown',
+        dataset_name=name, dataset_config=o.get('locale'), dataset_split=o.get('split'),
+        metric_type=o.get('metric') or 'accuracy', metric_value=round(float(o['value']), 6))
 
-def _table(name, kind, languages, licence, hubs, scores):
+# %% ../nbs/0_ground/40_card.ipynb #3ad8e7b8
+def _table(name, kind, *, languages, licence, hubs, scores):
     "The table at the top, as the hub reads it"
     from huggingface_hub import ModelCardData
     task = next((v for k,v in _tasks.items() if kind.endswith('For'+k)), None)
-    more = dict(model_name=name, eval_results=_results(scores, task)) if scores else {}
-    return ModelCardData(language=languages or None, license=licence, base_model=hubs or None, tags=['merge','merginguriel'],
-        pipeline_tag=task, library_name='transformers' if kind else None, **more).to_yaml()
+    measured = dict(model_name=name, eval_results=[_result(o, task) for o in scores]) if scores else {}
+    library = 'transformers' if kind else None
+    return ModelCardData(language=languages or None, license=licence, base_model=hubs or None,
+        tags=['merge','merginguriel'], pipeline_tag=task, library_name=library, **measured).to_yaml()
 
-# %% ../nbs/0_ground/40_card.ipynb #38952758
-def _row(*cells): return '| '+' | '.join(map(str, cells))+' |'
+# %% ../nbs/0_ground/40_card.ipynb #fe8ef8c9
+def _row(cells): return '| '+' | '.join(map(str, cells))+' |'
+def _heading(*names): return '\n'.join([_row(names), _row(['---' for _ in names])])
 def _licence(card): return ', '.join(card.get('license', [])) or None
 def _link(name, card): return f"[{name}](https://huggingface.co/{card['hub']})" if 'hub' in card else name
 
 def _source_rows(sources):
-    yield from (_row('source', 'weight', 'share', 'licence', 'SHA-256 of its tensors'),_row(*['---']*5))
+    yield _heading('source', 'weight', 'share', 'licence', 'SHA-256 of its tensors')
     for o in sources:
         share = f"{o['share']:.4g}" if o['used'] else 'left out'
-        yield _row(_link(o['name'], o['card']), f"{o['weight']:.4g}", share, _licence(o['card']) or 'not known', f"`{o['digest'][:16]}…`")
+        licence = _licence(o['card']) or 'not known'
+        digest = f"`{o['digest'][:16]}…`"
+        yield _row([_link(o['name'], o['card']), f"{o['weight']:.4g}", share, licence, digest])
+
+# %% ../nbs/0_ground/40_card.ipynb #d3ac813b
+_score_columns = ['data','locale','split','metric','value','95 % interval','n']
 
 def _score_rows(scores):
-    yield from (_row('data', 'locale', 'split', 'metric', 'value', '95 % interval', 'n'),_row(*['---']*7))
+    yield _heading(*_score_columns)
     for o in scores:
-        span = f"{o['low']:.4f}–{o['high']:.4f}" if 'low' in o and 'high' in o else ''
         about = [o.get(k, '') for k in ('dataset','locale','split')]
-        yield _row(*about, o.get('metric', 'accuracy'), f"{o['value']:.4f}", span, int(o['n']) if 'n' in o else '')
+        metric = o.get('metric', 'accuracy')
+        span = f"{o['low']:.4f}–{o['high']:.4f}" if 'low' in o and 'high' in o else ''
+        n = int(o['n']) if 'n' in o else ''
+        yield _row([*about, metric, f"{o['value']:.4f}", span, n])
 
+# %% ../nbs/0_ground/40_card.ipynb #f654ad73
 def _base_says(base):
     if not base: return 'No base took part.'
-    name = _link(base['card'].get('hub') or (Path(base['path']).name if base['path'] else 'a model in memory'), base['card'])
+    place = Path(base['path']).name if base['path'] else 'a model in memory'
+    name = _link(base['card'].get('hub') or place, base['card'])
     return f"The base is {name}, SHA-256 of its tensors `{base['digest'][:16]}…`."
 
+# %% ../nbs/0_ground/40_card.ipynb #38952758
 def _head_says(h):
     if not h['keys']: return 'The models have no classifier head.'
-    if h['policy']=='average': return 'The classifier head is the mean of the heads of the sources, by weight.'
-    return f"The classifier head is that of {'the base' if h['policy']=='base' else h['source']+', the heaviest source'}."
+    if h['policy']=='average':
+        return 'The classifier head is the mean of the heads of the sources, by weight.'
+    whose = 'the base' if h['policy']=='base' else f"{h['source']}, the heaviest source"
+    return f"The classifier head is that of {whose}."
+
+# %% ../nbs/0_ground/40_card.ipynb #df9436c0
+def _made_of(record):
+    "What was merged, in paragraphs"
+    used = [o for o in record['sources'] if o['used']]
+    hp = ', '.join(f'{k} = {v}' for k,v in record['hyperparameters'].items())
+    method = f"`{record['method']}` ({hp})" if hp else f"`{record['method']}`"
+    models = 'model' if len(used)==1 else 'models'
+    yield (f"A merge of {len(used)} fine-tuned {models} by {method}, made with merginguriel "
+        f"{record['versions']['merginguriel']}.")
+    yield '## Sources'
+    yield '\n'.join(_source_rows(record['sources']))
+    stored = f"Stored as {listed(record['dtypes'])}."
+    yield f"{_base_says(record['base'])} {_head_says(record['head'])} {stored}"
+    if record['labels']: yield f"Labels, in order: {', '.join(record['labels'])}."
 
 # %% ../nbs/0_ground/40_card.ipynb #a41c390e
 def model_card(
     record:dict, # What `merge` writes into `merge_record.json`
     name:str, # Name of the merged model
     kind:str='', # Class of the model by its configuration
-    scores=(), # Dictionaries with `value`, and `dataset`, `locale`, `split`, `metric`, `low`, `high`, `n` where known
+    scores=(), # Dictionaries: `value`, and `dataset locale split metric low high n` where they are known
 )->str: # Markdown with the hub's table at the top
     "The card of a merged model"
-    base,used = record['base'],[o for o in record['sources'] if o['used']]
-    cards = {o['name']:o['card'] for o in used}|({'the base':base['card']} if base else {})
+    used = [o for o in record['sources'] if o['used']]
+    cards = {o['name']:o['card'] for o in used}
+    if record['base']: cards['the base'] = record['base']['card']
     licence,note = licence_note({k:_licence(c) for k,c in cards.items()})
     scores = [{k:v for k,v in o.items() if _known(v)} for o in scores if _known(o['value'])]
-    top = _table(name, kind, _languages(used), licence, [c['hub'] for c in cards.values() if 'hub' in c], scores)
-    hp = ', '.join(f'{k} = {v}' for k,v in record['hyperparameters'].items())
-    method = f"`{record['method']}`{hp and f' ({hp})'}"
-    parts = [f"# {name}", f"A merge of {len(used)} fine-tuned model{'s'*(len(used)>1)} by {method}, made with merginguriel "
-        f"{record['versions']['merginguriel']}.", '## Sources', '\n'.join(_source_rows(record['sources'])),
-        f"{_base_says(base)} {_head_says(record['head'])} Stored as {listed(record['dtypes'])}."]
-    if record['labels']: parts.append(f"Labels, in order: {', '.join(record['labels'])}.")
-    parts += ['## Licence', note, '## Scores', '\n'.join(_score_rows(scores)) if scores else 'Not measured.']
+    hubs = [c['hub'] for c in cards.values() if 'hub' in c]
+    top = _table(name, kind, languages=_languages(used), licence=licence, hubs=hubs, scores=scores)
+    measured = '\n'.join(_score_rows(scores)) if scores else 'Not measured.'
+    parts = [f"# {name}", *_made_of(record), '## Licence', note, '## Scores', measured]
     says = [*record['warnings'],*record.get('notes', [])]
     if says: parts += ['## Warnings', '\n'.join(f'- {o}' for o in says)]
     return f"---\n{top.strip()}\n---\n\n"+'\n\n'.join(parts)+'\n'
@@ -147,7 +195,8 @@ def write_card(
     folder = Path(folder)
     if hasattr(scores, 'to_dict'): scores = scores.to_dict('records')
     read = lambda o: json.loads((folder/o).read_text(encoding='utf-8'))
-    kind = (read('config.json').get('architectures') or [''])[0] if (folder/'config.json').is_file() else ''
+    config = read('config.json') if (folder/'config.json').is_file() else {}
+    kind = (config.get('architectures') or [''])[0]
     text = model_card(read('merge_record.json'), name or folder.resolve().name, kind, scores)
     with amend(folder, 'README.md') as f: f.write(text)
     return folder/'README.md'

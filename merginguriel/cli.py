@@ -148,7 +148,7 @@ def _similarity(kind, names, features, nxn):
 
 # %% ../nbs/7_command/30_cli.ipynb #53349736
 @command('select', lambda argv: declared('experiment.Experiment', 'target k include_target target_weight similarity weighting oracle')
-    + declared('selection.select_sources', 'temperature') + declared('selection.select_sources', 'legacy', optional=True)
+    + declared('selection.SelectionOptions', 'temperature') + declared('selection.SelectionOptions', 'legacy', optional=True)
     + declared('similarity.uriel_similarity', 'features'))
 def select_command(
     nxn:str=None, # CSV file of `merginguriel nxn`, for similarity 'real'
@@ -161,9 +161,9 @@ def select_command(
     kind,features,oracle,legacy = (options.pop(o) for o in ('similarity','features','oracle','legacy'))
     target,inc,chosen = check_locale(options['target']),options['include_target'],_split(candidates)
     m = _similarity(kind, list(dict.fromkeys([*(chosen or study_locales), target])), features, nxn)
-    check_contract(inc, touched_by(m), oracle, target)
+    check_contract(inc, touched_by(m), oracle=oracle, target=target)
     w = select_sources(similarity=m, candidates=chosen or None, legacy=_split(legacy or ''), **options)
-    c = check_contract(inc, touched_by(m), oracle, target, list(w.index))
+    c = check_contract(inc, touched_by(m), oracle=oracle, target=target, sources=list(w.index))
     print(w.to_frame().assign(similarity=m[target], language=locales.language).round(4).to_string())
     print(f"{c['mode']}, {c['stamp']}; touched of {target}: {', '.join(c['touched'])}")
 

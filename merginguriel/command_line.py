@@ -37,10 +37,10 @@ def _members(node):
     "(name, annotation, default, line) of the parameters of a function or the fields of a dataclass"
     if isinstance(node, ast.ClassDef):
         return [(o.target.id, o.annotation, o.value, o.end_lineno) for o in node.body if isinstance(o, ast.AnnAssign)]
-    args = node.args.args+node.args.kwonlyargs
-    needed = len(node.args.args)-len(node.args.defaults)
-    defaults = [None]*needed + node.args.defaults + node.args.kw_defaults
-    return [(o.arg, o.annotation, d, (d or o).end_lineno) for o,d in zip(args, defaults)]
+    args = node.args.args
+    defaults = [None]*(len(args)-len(node.args.defaults)) + node.args.defaults
+    both = [*zip(args, defaults), *zip(node.args.kwonlyargs, node.args.kw_defaults)]
+    return [(o.arg, o.annotation, d, (d or o).end_lineno) for o,d in both]
 
 # %% ../nbs/7_command/20_command_line.ipynb #19275c95
 def declared(

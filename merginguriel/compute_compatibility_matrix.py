@@ -28,6 +28,7 @@ from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .representation import *
+from .inner_products import *
 from .compatibility import *
 from .data import *
 from .mini import *

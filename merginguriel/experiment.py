@@ -222,8 +222,9 @@ def select(self:Experiment,
 )->pd.Series: # Name -> weight, sums to 1
     "The sources and their weights"
     names = list(self.sources or self.pool())
-    return select_sources(self.target, similarity, len(self.sources) or self.k, self.include_target, self.target_weight,
-        self.weighting, candidates=names, legacy=[o for o in self.legacy if o!='drop_heaviest'])
+    return select_sources(self.target, similarity, len(self.sources) or self.k, include_target=self.include_target,
+        target_weight=self.target_weight, weighting=self.weighting, candidates=names,
+        legacy=[o for o in self.legacy if o!='drop_heaviest'])
 
 # %% ../nbs/5_runs/20_experiment.ipynb #b800485b
 @patch

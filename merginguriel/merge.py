@@ -26,7 +26,6 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from .core import *
 from .outputs import *
 from .card import *
 

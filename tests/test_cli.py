@@ -85,7 +85,7 @@ def test_help_is_the_comments(name, capfd):
 BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_size warmup patience'),
     ('finetune', 'train.finetune', 'seed dtype'), ('finetune', 'data.load_intents', 'locale'),
     ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
-    ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
+    ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.SelectionOptions', 'temperature'),
     ('merge', 'merge.merge', 'method head seed replace'), ('audit', 'audit.audit', 'exclude digests'), ('match-base', 'base_model.match_base', 'out seed new_head'),
     ('sweep', 'runner.run_all', 'executor workers retry retries timeout limit num_gpus'), ('sweep', 'runner.plan', 'out store'),
     ('compat', 'compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric seed layer estimator n')]

@@ -9,7 +9,8 @@ import pytest
 from merginguriel.core import ContractError,MissingDataError
 from merginguriel.locales import study_locales
 from merginguriel.selection import TARGET_INFO,check_contract,select_sources,sinkhorn,touched_by
-from merginguriel.similarity import feature_sets,observed_features,real_similarity,uriel_similarity
+from merginguriel.similarity import (feature_sets,observed_features,real_similarity,register_similarity,similarities,
+    uriel_similarity)
 import merginguriel.similarity as similarity_module
 
 names = ['af-ZA','cy-GB','el-GR','it-IT','ro-RO','sq-AL','sw-KE','th-TH']
@@ -154,4 +155,23 @@ def test_contract_of_real_selection():
 def test_exctar_never_merges_the_target():
     w = select_sources('sq-AL', random_similarity(6), 3, include_target=True)
     for oracle in (False,True):
-        with pytest.raises(ContractError): check_contract(False, [], oracle, target='sq-AL', sources=w.index)
+        with pytest.raises(ContractError): check_contract(False, [], oracle=oracle, target='sq-AL', sources=w.index)
+
+
+def test_a_registered_similarity_says_what_it_touches():
+    "A similarity of one's own is chosen by name, and `touched_by` knows it without being changed"
+    @register_similarity('test of registering', touches='unlabelled_{split}')
+    def made(names):
+        m = pd.DataFrame(np.eye(len(names)), list(names), list(names))
+        m.attrs = dict(similarity='test of registering')
+        return m.rename_axis(index='source', columns='target')
+    try:
+        m = similarities['test of registering'](['sq-AL','sw-KE','cy-GB'])
+        assert touched_by(m) == touched_by('test of registering') == ['unlabelled_dev']
+        assert list(select_sources('sq-AL', m, 1, weighting='uniform').index) == ['cy-GB']
+        def other(names): pass
+        other.__module__ = 'elsewhere'
+        with pytest.raises(ValueError, match='already'): register_similarity('test of registering', 'none')(other)
+    finally: del similarities['test of registering']
+    with pytest.raises(KeyError, match='did you mean uriel'): similarities['uril']
+    assert {'uriel','real'} <= set(similarities)
