@@ -26,11 +26,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from .core import *
 from .outputs import *
 from .card import *
 from .checkpoint import *
-from .tokenizer import *
 from .base_model import *
 from .task_vector import *
 from .head import *
