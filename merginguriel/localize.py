@@ -353,7 +353,8 @@ class _Learner:
             p = self.params[block.key]
             at = slice(block.start, block.start+b.numel())
             flat = lambda t: None if t is None else t.detach().view(-1)[at]
-            base,tau = b.reshape(-1).to(p.device),taus.reshape(-1).to(p.device)
+            base = b.reshape(-1).to(p.device)
+            tau = taus.reshape(-1).to(p.device)
             yield flat(p),flat(p.grad),self.scores[block.key][at],base,tau
     def write(self, shares):
         for p,_,s,b,tau in self.pieces(): p.copy_(b+shares(s)*tau)
