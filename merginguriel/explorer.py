@@ -353,7 +353,8 @@ def show(self:Explorer)->None:
     fig = Figure(figsize=(4.8, 3.8))
     plot_surface(s, self.colour.value, self.path, self.now, self.triangle.value, fig.subplots())
     fig.savefig(f, format='png', dpi=90)
-    self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)
+    self.picture.value = f.getvalue()
+    self.words.value = _report(s, self.now, self.against.value)
 
 # %% ../nbs/6_studies/55_explorer.ipynb #4513ec85
 def _data(surfaces, path):

@@ -67,7 +67,9 @@ def _number(o, what):
 def _entries(config):
     "(model, its settings, those of its slice) of each model"
     if ('models' in config)==('slices' in config): raise ValueError("a recipe has either models or slices")
-    if 'models' in config: rows,more,keys = config['models'],{},['model','parameters']
+    if 'models' in config:
+        rows = config['models']
+        more,keys = {},['model','parameters']
     else:
         if len(config['slices'])!=1:
             raise ValueError(f"a recipe of {len(config['slices'])} slices stacks layers of different models; "
