@@ -69,7 +69,8 @@ def _entries(config):
     if ('models' in config)==('slices' in config): raise ValueError("a recipe has either models or slices")
     if 'models' in config:
         rows = config['models']
-        more,keys = {},['model','parameters']
+        more = {}
+        keys = ['model','parameters']
     else:
         if len(config['slices'])!=1:
             raise ValueError(f"a recipe of {len(config['slices'])} slices stacks layers of different models; "

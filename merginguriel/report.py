@@ -204,7 +204,8 @@ def stored_recipes(
     rows:pd.DataFrame, # From `stored_accuracies`
 )->pd.DataFrame: # One row per recipe: recipe, what, targets, seeds, merges, scores; the largest first
     "What each recipe is, in its main fields and in those that not all recipes share"
-    c = {r:flat_config(store.config(h)) for r,h in rows.drop_duplicates('recipe').set_index('recipe').hash.items()}
+    first = rows.drop_duplicates('recipe').set_index('recipe').hash
+    c = {r:flat_config(store.config(h)) for r,h in first.items()}
     said = (*_open,'methods','include_target','oracle') # Merges have a column, the contract says the others
     more = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in said
         and k not in _shown]

@@ -293,7 +293,8 @@ def _read(self:Store, query, args=()):
 def configs(self:Store)->pd.DataFrame: # Index hash; one column per flattened field, and created
     "The configurations recorded so far, oldest first"
     rows = self._try(self._read, 'select hash, config, created from configs order by rowid')
-    def named(c): return {f'config.{k}' if k in _columns else k:v for k,v in flat_config(json.loads(c)).items()}
+    def named(c):
+        return {f'config.{k}' if k in _columns else k:v for k,v in flat_config(json.loads(c)).items()}
     index = pd.Index([h for h,_,_ in rows], name='hash', dtype=object)
     df = pd.DataFrame([named(c) | {'created':t} for _,c,t in rows], index=index, dtype=object)
     return df.infer_objects() if len(df) else pd.DataFrame({'created':[]}, index=df.index)
