@@ -121,7 +121,7 @@ def _saved_heads(file):
     heads = {}
     for k in file:
         task,_,name = k.rpartition('/')
-        heads.setdefault(task, {})[name] = file._entry(k)
+        heads.setdefault(task, {})[name] = file.entry(k)
     return {t:Checkpoint(file.path, v) for t,v in heads.items()}
 
 # %% ../nbs/2_merging/83_raw_vectors.ipynb #7fe01a43
