@@ -18,13 +18,13 @@ import json,re,shutil
 from pathlib import Path
 from .core import *
 from .outputs import *
+from .loading import *
 from .checkpoint import *
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #3bae97cb
 def _backend(base):
     "The tokenizer of `base` as AutoTokenizer makes it, and its description; a unigram model, or an error"
-    from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(base)
+    tok = from_folder('AutoTokenizer', base)
     backend = getattr(tok, 'backend_tokenizer', None)
     spec = json.loads(backend.to_str()) if backend else {}
     if (kind := spec.get('model', {}).get('type'))=='Unigram': return tok,spec

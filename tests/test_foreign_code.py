@@ -88,7 +88,7 @@ def entries(d, base, models):
         predict=lambda p: evaluate.predict(p, text), finetune=lambda p: train.finetune(p, text, d/'o3', epochs=1),
         nxn=lambda p: evaluate.nxn({'sq-AL': p}, {'sq-AL': text}, d/'bank'),
         image_classifier=lambda p: images.image_classifier(p),
-        hub_task=lambda p: pictures.hub_task('x', str(d), p),
+        hub_image_task=lambda p: pictures.hub_image_task('x', str(d), p),
         **{f'from_folder {k}': lambda p, k=k: loading.from_folder(k, p) for k in CLASSES})
 
 
