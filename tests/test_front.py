@@ -99,7 +99,7 @@ import inspect, pydoc, merginguriel as mu
 page = pydoc.render_doc(mu, renderer=pydoc.plaintext)
 for o in mu.__all__: assert page.count(f'\\n      {o} ') == 1, o
 from fastcore.docments import docments
-assert '    hp: Hyperparameters of the method\\n' in mu.merge.__doc__ # fastcore takes this comment for that of the result
+assert '    options: Fields of `MergeOptions`, and hyperparameters of the method\\n' in mu.merge.__doc__ # fastcore takes this comment for that of the result
 for o in ['merge', 'finetune', 'audit', 'select_sources', 'Experiment', 'report']:
     page = ' '.join(pydoc.render_doc(getattr(mu, o), renderer=pydoc.plaintext).split())
     f = getattr(mu, o)
