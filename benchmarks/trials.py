@@ -14,6 +14,7 @@ from merginguriel.base_model import *
 from merginguriel.merge import *
 from merginguriel.data import *
 from merginguriel.mini import *
+from merginguriel.classifier import *
 from merginguriel.train import *
 from merginguriel.evaluate import *
 from merginguriel.trials import *

@@ -10,14 +10,15 @@ __all__ = ['yardsticks', 'by_target', 'answers', 'gains_across', 'plot_across', 
            'source_choices', 'record_nxn']
 
 # %% ../nbs/5_runs/30_across.ipynb #69252299
-"""One locale never settles a claim about a method. Here the results of one recipe in many targets are compared: `gains_across`
-gives each target its gain with an interval over test items and a p-value corrected over targets, `mean_gains` the mean over
-targets with an interval that has targets, not items, as its sample, and `plot_across` shows both. `text_scores` collects what
-can be said of each merge without a label, for the choosers of `merginguriel.choose`. `decompose` says which of selecting,
-averaging and weighting earned the points of a merge, and what an ensemble or labels would have earned. `record_nxn` fills the N×N
+"""One locale never settles a claim about a method. Here the results of one recipe in many targets are
+compared: `gains_across` gives each target its gain with an interval over test items and a p-value corrected
+over targets, `mean_gains` the mean over targets with an interval that has targets, not items, as its
+sample, and `plot_across` shows both. `text_scores` collects what can be said of each merge without a label,
+for the choosers of `merginguriel.choose`. `decompose` says which of selecting, averaging and weighting
+earned the points of a merge, and what an ensemble or labels would have earned. `record_nxn` fills the N×N
 matrix of single models, and `standing`, `affinity` and `rank_agreement` say who teaches whom in it."""
 
-# %% ../nbs/5_runs/30_across.ipynb #45dddc30
+# %% ../nbs/5_runs/30_across.ipynb #70e0e9da
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -30,23 +31,28 @@ from .choose import *
 from .store import *
 from .ensemble import *
 from .experiment import *
+from .gains import *
 from .report import *
 
-# %% ../nbs/5_runs/30_across.ipynb #9aa83b2d
+# %% ../nbs/5_runs/30_across.ipynb #0fdd0582
 def by_target(
     results:list, # Results that differ in target and seed only
 )->dict: # Target -> its results
     "The results of each target"
     if not results: raise ValueError("give at least one result")
-    recipe = lambda r: config_hash({k:v for k,v in r.experiment.config().items() if k not in ('target','seed','contract')})
-    if len({recipe(r) for r in results})>1: raise ValueError("the results are of several recipes; compare runs that "
-        "differ in target and seed")
+    recipe = lambda r: config_hash({k:v
+        for k,v in r.experiment.config().items() if k not in ('target','seed','contract')})
+    if len({recipe(r) for r in results})>1:
+        raise ValueError("the results are of several recipes; compare runs that "
+            "differ in target and seed")
     out = {}
     for r in results: out.setdefault(r.experiment.target, []).append(r)
     seeds = {t:sorted(r.experiment.seed for r in rs) for t,rs in out.items()}
-    if len({tuple(s) for s in seeds.values()})>1: raise ValueError(f"each target needs the same seeds, once; got {seeds}")
+    if len({tuple(s) for s in seeds.values()})>1:
+        raise ValueError(f"each target needs the same seeds, once; got {seeds}")
     return out
 
+# %% ../nbs/5_runs/30_across.ipynb #9aa83b2d
 def answers(
     results:list, # Results of one target
     name:str, # Method label, or one of `baselines`
@@ -63,7 +69,8 @@ def gains_across(
     pairs:list, # Pairs (name, name it is compared with)
 )->pd.DataFrame: # One row per pair and target: a, b, target, gain, low, high, p, holm, verdict
     "What `a` gained over `b` in every target"
-    targets,frames = by_target(results),[]
+    targets = by_target(results)
+    frames = []
     groups = {t:item_groups(rs[0]) for t,rs in targets.items()}
     for a,b in pairs:
         side = lambda name: {t:answers(rs, name) for t,rs in targets.items()}
@@ -77,7 +84,8 @@ def plot_across(
 ): # The axes
     "Gain in each target with its interval, the least on top"
     from matplotlib import pyplot as plt
-    order,names = list(gains.groupby('target').gain.mean().sort_values(ascending=False).index),list(dict.fromkeys(gains.a))
+    order = list(gains.groupby('target').gain.mean().sort_values(ascending=False).index)
+    names = list(dict.fromkeys(gains.a))
     if ax is None: ax = plt.subplots(figsize=(5.5, 1+.26*len(order)*max(1, len(names)/2)))[1]
     for i,name in enumerate(names):
         d = gains[gains.a==name]
@@ -87,21 +95,24 @@ def plot_across(
         ax.scatter(100*d.gain, y, s=24, zorder=3, edgecolor=colour, label=name,
             color=['white' if v=='no difference shown' else colour for v in d.verdict])
     ax.axvline(0, color='k', lw=1.2)
-    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(-.7,len(order)-.3), xlabel=f"gain over {gains.b.iloc[0]} (points)")
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(-.7,len(order)-.3), xlabel=f"gain over "
+        f"{gains.b.iloc[0]} (points)")
     legend = ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     for h in legend.legend_handles: h.set_facecolor(h.get_edgecolor())
     return ax
 
-# %% ../nbs/5_runs/30_across.ipynb #1ad3be50
+# %% ../nbs/5_runs/30_across.ipynb #4b528f5f
 def _members(result):
     "The merged models, by their names among the accuracies"
-    return {('own' if o==result.experiment.target else f'source:{o}'):result.models[o] for o in result.weights.index}
+    return {('own' if o==result.experiment.target else f'source:{o}'):result.models[o]
+        for o in result.weights.index}
 
 def _see(result, models, split, out, device):
     "Name -> predictions of each of `models` for the target's text"
     data = {split:result.experiment.dataset_of(result.experiment.target, split)}
-    return {k:banked(p, data, Path(out)/'predictions', device)[split] for k,p in models.items()}
+    return {k:banked(p, data, Path(out)/'predictions', device=device)[split] for k,p in models.items()}
 
+# %% ../nbs/5_runs/30_across.ipynb #1ad3be50
 def text_scores(
     result, # Of `run`
     out='runs', # Folder that keeps predictions
@@ -109,15 +120,16 @@ def text_scores(
     prior=None, # Expected share of each label, (C,), for the score `im`
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->tuple: # (frame of `label_free_scores`, accuracy of each candidate on test)
-    "Label-free scores of everything that could be taken for the target of `result`, and what it turned out to be worth"
+    "Label-free scores of all that could be taken for the target of `result`, and what they proved worth"
     sources = _see(result, _members(result), split, out, device)
     merges = _see(result, {'uniform':result.uniform, **result.merged}, split, out, device)
     scores = label_free_scores(merges|sources, sources, prior)
     return scores,pd.Series({k:result.accuracies[k].value for k in scores.index})
 
-# %% ../nbs/5_runs/30_across.ipynb #b93705aa
+# %% ../nbs/5_runs/30_across.ipynb #eeeba915
 yardsticks = ['mean_candidate','mean_member','dev_member','dev_choice','ensemble']
 
+# %% ../nbs/5_runs/30_across.ipynb #b93705aa
 def yardstick(
     result, # Of `run`
     name:str, # One of `yardsticks`
@@ -126,12 +138,14 @@ def yardstick(
 )->list: # One `Accuracy`, or several to average
     "What the merges of `result` are measured against to tell where their points come from"
     if name not in yardsticks: raise ValueError(f"the yardsticks are {', '.join(yardsticks)}; got {name!r}")
-    acc,members = result.accuracies,_members(result)
+    acc = result.accuracies
+    members = _members(result)
     if name=='mean_member': return [acc[k] for k in members]
     if name=='mean_candidate': # Each chosen source is replaced by the average candidate; an own model stays
         each = [a for k,a in acc.items() if k.startswith('source:')]
         return each*sum(k!='own' for k in members) + [acc['own']]*len(each)*('own' in members)
-    if name=='ensemble': return [ensemble(_see(result, members, 'test', out, device), dict(zip(members, result.weights)))]
+    if name=='ensemble':
+        return [ensemble(_see(result, members, 'test', out, device), dict(zip(members, result.weights)))]
     paths = members | ({'uniform':result.uniform, **result.merged} if name=='dev_choice' else {})
     dev = {k:accuracy(p).value for k,p in _see(result, paths, 'dev', out, device).items()}
     return [acc[max(dev, key=lambda k: (dev[k],k))]]
@@ -144,16 +158,20 @@ def decompose(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->pd.DataFrame: # The columns of `gains_across`, and `step`
     "Selection, averaging and weighting, which add up to `total`; and the yardsticks against the merge"
-    steps = dict(selection=('mean_member','mean_candidate'), averaging=('uniform','mean_member'), weighting=(method,'uniform'),
-        total=(method,'mean_candidate')) | {k:(k,method) for k in ('best_source','dev_member','dev_choice','ensemble','own')}
+    steps = dict(selection=('mean_member','mean_candidate'), averaging=('uniform','mean_member'),
+        weighting=(method,'uniform'),
+        total=(method,'mean_candidate')) | {k:(k,method)
+        for k in ('best_source','dev_member','dev_choice','ensemble','own')}
     targets = by_target(results)
     groups = {t:item_groups(rs[0]) for t,rs in targets.items()}
     def one(rs, name):
-        return [a.correct for r in rs for a in yardstick(r, name, out, device)] if name in yardsticks else answers(rs, name)
+        return [a.correct for r in rs
+            for a in yardstick(r, name, out, device)] if name in yardsticks else answers(rs, name)
     side = {o:{t:one(rs, o) for t,rs in targets.items()} for pair in steps.values() for o in pair}
-    return pd.concat([differences(side[a], side[b], (a,b), groups).assign(step=s) for s,(a,b) in steps.items()], ignore_index=True)
+    return pd.concat([differences(side[a], side[b], (a,b), groups).assign(step=s)
+        for s,(a,b) in steps.items()], ignore_index=True)
 
-# %% ../nbs/5_runs/30_across.ipynb #c4a4d14b
+# %% ../nbs/5_runs/30_across.ipynb #ed818b83
 def plot_decomposition(
     means:pd.DataFrame, # From `mean_steps`
     ax=None, # Axes to draw on; None: new ones
@@ -161,7 +179,8 @@ def plot_decomposition(
     "Each step with its interval over targets; the steps that add up on top"
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5.5, .5+.28*len(means)))[1]
-    y,parts = np.arange(len(means)),means.step.isin(['selection','averaging','weighting'])
+    y = np.arange(len(means))
+    parts = means.step.isin(['selection','averaging','weighting'])
     colour = np.where(parts, 'C0', np.where(means.step=='total', 'k', '.55'))
     ax.hlines(y, 100*means.low, 100*means.high, color=colour)
     ax.scatter(100*means.gain, y, color=colour, s=28, zorder=3)
@@ -170,6 +189,7 @@ def plot_decomposition(
     ax.set(yticks=y, yticklabels=names, xlabel='points', ylim=(len(y)-.5,-.5))
     return ax
 
+# %% ../nbs/5_runs/30_across.ipynb #c4a4d14b
 def mean_steps(
     parts:pd.DataFrame, # From `decompose`
 )->pd.DataFrame: # One row per step: step and the columns of `mean_gains`
@@ -178,21 +198,24 @@ def mean_steps(
     m = mean_gains(parts)
     return m.assign(step=[names[a,b] for a,b in zip(m.a, m.b)])[['step',*m.columns]]
 
-# %% ../nbs/5_runs/30_across.ipynb #52bf79c5
+# %% ../nbs/5_runs/30_across.ipynb #64514a83
 def between(
     nxn:pd.DataFrame, # (source × target)
 )->pd.DataFrame: # The same, NaN where a locale meets itself
     "The cells of `nxn` whose source and target differ"
     return nxn.mask(np.equal.outer(nxn.index.to_numpy(), nxn.columns.to_numpy()))
 
+# %% ../nbs/5_runs/30_across.ipynb #52bf79c5
 def standing(
     nxn:pd.DataFrame, # (source × target); its transpose for the ease of targets
 )->pd.DataFrame: # One row per row of `nxn`, best first: mean, above, low, high, cells
     "How far a row is above the mean of all rows, `above`, with a 95 % interval over columns"
     m = between(nxn)
     above = m-m.mean()
-    ends = pd.DataFrame({o:mean_interval(v.dropna()) for o,v in above.dropna(how='all').iterrows()}, ['low','high']).T
-    df = pd.DataFrame(dict(mean=m.mean(axis=1), above=above.mean(axis=1))).join(ends).assign(cells=m.count(axis=1))
+    ends = pd.DataFrame({o:mean_interval(v.dropna()) for o,v in above.dropna(how='all').iterrows()},
+        ['low','high']).T
+    df = pd.DataFrame(dict(mean=m.mean(axis=1),
+        above=above.mean(axis=1))).join(ends).assign(cells=m.count(axis=1))
     return df.sort_values('above', ascending=False)
 
 # %% ../nbs/5_runs/30_across.ipynb #a76a1c66
@@ -203,7 +226,8 @@ def plot_standing(
 ): # The axes
     "How far each locale is above the mean, with its interval, the best on top"
     from matplotlib import pyplot as plt
-    y,x = np.arange(len(standing)),100*standing
+    y = np.arange(len(standing))
+    x = 100*standing
     if ax is None: ax = plt.subplots(figsize=(4, .8+.16*len(y)))[1]
     ax.hlines(y, x.low, x.high, color='C0')
     ax.scatter(x.above, y, color='C0', s=16, zorder=3)
@@ -215,7 +239,7 @@ def plot_standing(
 # %% ../nbs/5_runs/30_across.ipynb #465b56d1
 def affinity(
     nxn:pd.DataFrame, # (source × target)
-)->pd.DataFrame: # The same, NaN where a locale meets itself; the known cells of every row and column have mean 0
+)->pd.DataFrame: # The same, NaN on the diagonal; the known cells of every row and column have mean 0
     "What remains of the cells between locales without the mean of their row and of their column"
     m = between(nxn)
     for _ in range(100): # The means of rows and columns interlock where cells are missing
@@ -248,25 +272,31 @@ def source_choices(
 
 # %% ../nbs/5_runs/30_across.ipynb #8d2150a6
 def record_nxn(
-    e, # `Experiment`: base, data, sizes, options, seed; the locales are its `candidates`, of which its target is one
+    e, # `Experiment`: base, data, sizes, options, seed; its `candidates`, with its target, are the locales
     out:str|Path='runs', # Folder for models and predictions
     store:str|Path|None=None, # File of the result store; None: `store.sqlite` in `out`
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     kept:str='fp32', # Type of the kept logits, as for `save_predictions`
     progress:bool=False, # Show bars
-)->dict: # 'dev' and 'test' -> accuracy in [0, 1], (source × target); `attrs`: failed cells with their reason, and runs in the store
+)->dict: # 'dev' and 'test' -> accuracy in [0, 1], (source × target); `attrs`: failed cells, runs in the store
     "The N×N matrix of single models, whose cells are rows of the store; a cell that fails is NaN"
-    names,scores = sorted([e.target,*e.pool()]),Store(store or Path(out)/'store.sqlite')
+    names = sorted([e.target,*e.pool()])
+    scores = Store(store or Path(out)/'store.sqlite')
     models = {o:e.train(o, out, progress, device) for o in names}
-    same = {k:getattr(e, k) for k in 'seed dataset base n_train n_dev n_test options'.split()} | dict(candidates=names, kept=kept)
-    configs,m = {t:dict(study='nxn', target=t, **same) for t in names},{}
+    same = {k:getattr(e, k) for k in 'seed dataset base n_train n_dev n_test options'.split()}
+    same |= dict(candidates=names, kept=kept)
+    configs = {t:dict(study='nxn', target=t, **same) for t in names}
+    m = {}
     for split in ('dev','test'):
-        def put(s, t, a): scores.record(configs[t], [a.row(name='own' if s==t else f'source:{s}', locale=t, split=split)])
+        def put(s, t, a):
+            scores.record(configs[t], [a.row(name='own' if s==t else f'source:{s}', locale=t, split=split)])
         data = {o:e.dataset_of(o, split) for o in names}
-        m[split] = nxn(models, data, Path(out)/'predictions', split, device, progress, kept=kept, keep_going=True, tick=put)
+        m[split] = nxn(models, data, Path(out)/'predictions', split=split, device=device, progress=progress,
+            kept=kept, keep_going=True, tick=put)
         m[split].attrs['runs'] = {t:config_hash(c) for t,c in configs.items()}
     for t,chosen in source_choices(m['dev'].where(m['test'].notna())).iterrows():
-        right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True)) for k,s in chosen.items()}
+        right = {k:accuracy_of(scores.correct(config_hash(configs[t]), f'source:{s}', t, 'test', by_id=True))
+            for k,s in chosen.items()}
         said = [a.row(name=f'by {k}', locale=t, split='test') for k,a in right.items()]
         scores.record(configs[t], said, replace=True) # They change when a cell that failed is there after all
     return m

@@ -8,12 +8,12 @@ Docs: https://merginguriel.github.io/merginguriel/1_tensors/adapter.html.md"""
 __all__ = ['Part', 'low_rank', 'lora_scale', 'Adapter', 'is_adapter', 'open_adapter', 'apply_adapter', 'as_model']
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #c991639f
-"""Many fine-tuned models are published as an adapter: a few megabytes that say how the base changes. For
-[LoRA](https://arxiv.org/abs/2106.09685) the change of a weight is `scale·B·A`, which is a task vector of low
-rank, so an adapter can be merged like any source. `apply_adapter` writes the model that base and adapter are
-together: the weights changed, the biases and the head that were trained in full put in place. What is needed to
-load it stands in the adapter's own file; `peft` is not needed. An adapter that is more than `scale·B·A` is
-refused by name. `as_model` lets an adapter stand wherever a model folder does."""
+"""Many fine-tuned models are published as an adapter, which is a few megabytes that say how the base changes.
+For [LoRA](https://arxiv.org/abs/2106.09685) the change of a weight is `scale·B·A`. That is a task vector of
+low rank, so an adapter can be merged like any source. `apply_adapter` writes the model that base and adapter
+are together: it changes the weights, and puts the biases and the head that were trained in full in their
+places. What it needs to know stands in the adapter's own file, and `peft` is not needed. An adapter that is
+more than `scale·B·A` is refused by name. `as_model` lets an adapter stand wherever a model folder does."""
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #e5bd5818
 import json,re,shutil
@@ -29,21 +29,28 @@ from .base_model import *
 from .task_vector import *
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #e8a5184d
+def _some_rows(t, rows): return t if rows is None else t[rows]
+
 def low_rank(
     a:Tensor, # (r, inputs); of an embedding (r, words)
     b:Tensor, # (outputs, r)
     scale:float, # From `lora_scale`
+    *,
     turned:bool=False, # The weight is stored (inputs, outputs): an embedding, or GPT-2's `Conv1D`
     rows=None, # Slice of the weight's rows; None: all
 )->Tensor: # float64
     "The task vector of one weight, or the given `rows` of it"
     left,right = (a.T,b.T) if turned else (b,a)
-    return scale*(left[slice(None) if rows is None else rows].double()@right.double())
+    return scale*(_some_rows(left, rows).double()@right.double())
+
+# %% ../nbs/1_tensors/50_adapter.ipynb #6557c6ad
+def _for(patterns, module, default):
+    "The value of the first of `patterns` that matches the end of a module's name"
+    for k,v in (patterns or {}).items():
+        if re.match(rf'(.*\.)?({k})$', module): return v
+    return default
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #300f3d25
-def _for(patterns, module, default):
-    return next((v for k,v in (patterns or {}).items() if re.match(rf'(.*\.)?({k})$', module)), default)
-
 def lora_scale(
     config:dict, # Of the adapter
     module:str, # Name of the changed module, e.g. 'roberta.encoder.layer.0.attention.self.query'
@@ -51,27 +58,38 @@ def lora_scale(
 )->float:
     "What `B·A` is multiplied by"
     r = _for(config.get('rank_pattern'), module, config['r'])
-    if r!=rank: raise CheckpointError(f"the adapter's A of {module} has {rank} rows, but its configuration says r={r}; copy both again")
-    return _for(config.get('alpha_pattern'), module, config['lora_alpha'])/(r**.5 if config.get('use_rslora') else r)
+    if r!=rank:
+        raise CheckpointError(f"the adapter's A of {module} has {rank} rows, but its configuration says "
+            f"r={r}; copy both again")
+    alpha = _for(config.get('alpha_pattern'), module, config['lora_alpha'])
+    return alpha/r**.5 if config.get('use_rslora') else alpha/r
+
+# %% ../nbs/1_tensors/50_adapter.ipynb #dcc9cee3
+_harmless = set('''r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out bias lora_bias
+    target_modules modules_to_save peft_type task_type base_model_name_or_path auto_mapping inference_mode
+    lora_dropout init_lora_weights layers_to_transform layers_pattern exclude_modules revision peft_version
+    loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config qalora_group_size'''.split())
+_plain_starts = (None,True,False,'gaussian','eva','orthogonal') # init_lora_weights that leave the base alone
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #f1a5c3b8
-_harmless = set('''r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out bias lora_bias target_modules modules_to_save peft_type
-    task_type base_model_name_or_path auto_mapping inference_mode lora_dropout init_lora_weights layers_to_transform layers_pattern
-    exclude_modules revision peft_version loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config
-    qalora_group_size'''.split())
-
 def _check_config(config, path):
+    "Raise where the change is not `scale·B·A`, or not that of the published base"
     then = "apply it with peft's merge_and_unload, and give the model that it writes"
-    if (kind := config.get('peft_type'))!='LORA': raise IncompatibleError(f"{path} is an adapter of type {kind}; LORA is read. "+then)
-    more = {k:v for k,v in config.items() if v and k not in _harmless}
-    if more: raise IncompatibleError(f"{path} sets {', '.join(f'{k}={v!r}' for k,v in more.items())}, so its change is not "
-        f"scale·B·A; {then}")
-    if (init := config.get('init_lora_weights')) not in (None,True,False,'gaussian','eva','orthogonal'):
-        raise IncompatibleError(f"{path} was trained on a base that init_lora_weights={init!r} had changed; {then}")
-    if lack := [k for k in ('r','lora_alpha') if k not in config]: raise CheckpointError(f"adapter_config.json in {path} lacks {lack}")
+    kind = config.get('peft_type')
+    if kind!='LORA': raise IncompatibleError(f"{path} is an adapter of type {kind}; LORA is read. {then}")
+    more = [f'{k}={v!r}' for k,v in config.items() if v and k not in _harmless]
+    if more:
+        raise IncompatibleError(f"{path} sets {', '.join(more)}, so its change is not scale·B·A; {then}")
+    init = config.get('init_lora_weights')
+    if init not in _plain_starts:
+        raise IncompatibleError(f"{path} was trained on a base that init_lora_weights={init!r} had changed; "
+            f"{then}")
+    lack = [k for k in ('r','lora_alpha') if k not in config]
+    if lack: raise CheckpointError(f"adapter_config.json in {path} lacks {lack}")
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #14045041
-Part = namedtuple('Part', 'a b scale embedding') # Names of the factors in the file (a: None for a bias), scale
+# %% ../nbs/1_tensors/50_adapter.ipynb #b6769428
+# Names of the factors in the file (a: None for a bias), the scale, and whether the weight is an embedding
+Part = namedtuple('Part', 'a b scale embedding')
 
 @dataclass
 class Adapter:
@@ -82,6 +100,7 @@ class Adapter:
     parts:dict # Name of a tensor of the model -> `Part` that is added to it
     saved:dict # Name of a tensor of the model -> name in the file of what replaces it
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #14045041
 def _saved(c, names):
     "Model name -> file name; the same tensor may stand there twice"
     out = {}
@@ -92,32 +111,44 @@ def _saved(c, names):
         out[name] = k
     return out
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #ed837ebe
+# %% ../nbs/1_tensors/50_adapter.ipynb #a5ba4585
+def _halves(c, names):
+    "Module -> 'A', 'B' or 'B.bias' -> (file name, whether it is an embedding)"
+    halves = {}
+    for k,(module,emb,half,end) in names.items():
+        bias = end=='.bias'
+        if len(c.shape(k))!=(1 if bias else 2):
+            raise IncompatibleError(f"{k!r} in {c.path} has the shape {c.shape(k)}; the factors of linear "
+                "layers and embeddings are read, those of convolutions are not")
+        which = half+end if bias else half
+        halves.setdefault(module, {})[which] = (k,bool(emb))
+    return halves
+
+# %% ../nbs/1_tensors/50_adapter.ipynb #79c10d03
 def _parts(config, c, names):
     "Model name -> `Part`, from file name -> (module, 'embedding_' or None, 'A' or 'B', ending)"
-    halves,parts = {},{}
-    for k,(module,emb,half,end) in names.items():
-        if len(c.shape(k))!=(1 if end=='.bias' else 2):
-            raise IncompatibleError(f"{k!r} in {c.path} has the shape {c.shape(k)}; the factors of linear layers and embeddings "
-                "are read, those of convolutions are not")
-        halves.setdefault(module, {})[half+(end if end=='.bias' else '')] = k,bool(emb)
-    for module,h in halves.items():
-        if not {'A','B'} <= h.keys(): raise CheckpointError(f"{c.path} has one factor of {module} and not the other; copy it again")
-        (a,emb),(b,_) = h['A'],h['B']
+    parts = {}
+    for module,h in _halves(c, names).items():
+        if not {'A','B'} <= h.keys():
+            raise CheckpointError(f"{c.path} has one factor of {module} and not the other; copy it again")
+        a,emb = h['A']
+        b,_ = h['B']
         scale = lora_scale(config, module, c.shape(a)[0])
         parts[f'{module}.weight'] = Part(a, b, scale, emb)
         if 'B.bias' in h: parts[f'{module}.bias'] = Part(None, h['B.bias'][0], scale, False)
     return parts
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #ed837ebe
 def is_adapter(
     path, # Anything
 )->bool:
     "Whether `path` is a folder with a PEFT adapter"
     return isinstance(path, (str,Path)) and (Path(path)/'adapter_config.json').is_file()
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #0202d6da
+# %% ../nbs/1_tensors/50_adapter.ipynb #5c688fb3
 _factor = re.compile(r'(.+)\.lora_(embedding_)?([AB])(?:\.default)?(\.weight|\.bias|)')
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #0202d6da
 def open_adapter(
     path, # Folder with `adapter_config.json` and `adapter_model.safetensors`
     allow_pickle:bool=False, # Also read `adapter_model.bin`, weights-only
@@ -131,22 +162,43 @@ def open_adapter(
     names = {k:k.removeprefix('base_model.model.') for k in c if '.original_module.' not in k}
     factors = {k:m.groups() for k,o in names.items() if (m := _factor.fullmatch(o))}
     whole = {k:o for k,o in names.items() if k not in factors}
-    if bad := [k for k in whole if 'lora_' in k]: raise IncompatibleError(f"{bad[0]!r} in {c.path} is not a factor of a LoRA "
-        "adapter; apply it with peft's merge_and_unload, and give the model that it writes")
+    bad = [k for k in whole if 'lora_' in k]
+    if bad:
+        raise IncompatibleError(f"{bad[0]!r} in {c.path} is not a factor of a LoRA adapter; apply it with "
+            "peft's merge_and_unload, and give the model that it writes")
     return Adapter(path, config, c, _parts(config, c, factors), _saved(c, whole))
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #acdbbc23
-def _trained_on(a): return f"give the base it was trained on, {a.config.get('base_model_name_or_path')}"
+# %% ../nbs/1_tensors/50_adapter.ipynb #1c2f9a4c
+def _trained_on(a):
+    return f"give the base it was trained on, {a.config.get('base_model_name_or_path')}"
 
 def _labelled(a, labels):
-    "The labels of the head in adapter `a`; placeholders where nobody knows them"
-    try: n = a.tensors.shape(a.saved[output_keys(a.saved)[0]])[0]
+    "The labels of the head in adapter `a`; placeholders where nobody knows them, None where it has no head"
+    try: output = output_keys(a.saved)[0]
     except IncompatibleError: return None
+    n = a.tensors.shape(a.saved[output])[0]
     if labels is None and (a.path/'config.json').is_file(): labels = model_labels(a.path)
     if labels is None: return [f'LABEL_{i}' for i in range(n)]
-    if len(labels)!=n: raise IncompatibleError(f"the head in {a.path} has {n} labels; {len(labels)} were given")
+    if len(labels)!=n:
+        raise IncompatibleError(f"the head in {a.path} has {n} labels; {len(labels)} were given")
     return list(labels)
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #852e8fad
+def _with_head(base, folder, a, names, allow_pickle):
+    "`folder` with a new head, all of which the adapter replaces"
+    try: new = add_head(folder, names, new_head=True, allow_pickle=allow_pickle)
+    except ValueError as e:
+        said = str(e).splitlines()[0][:150]
+        raise IncompatibleError(f"{base} gets no head for the adapter in {a.path} ({said}); give the "
+            "classifier that it was trained on") from e
+    lack = sorted(set(base_info(new)['initialised'])-set(a.saved))
+    if lack:
+        raise IncompatibleError(f"neither {base} nor the adapter in {a.path} has {lack[0]!r}: it was drawn "
+            "at random when the adapter was trained, and not saved; train again with it among "
+            "modules_to_save")
+    return new
+
+# %% ../nbs/1_tensors/50_adapter.ipynb #acdbbc23
 def _start(base, a, labels, allow_pickle):
     "The model that `a` changes: the base, with a head of the right size where it has none"
     folder = resolve_model(base, allow_pickle)
@@ -154,91 +206,113 @@ def _start(base, a, labels, allow_pickle):
     other = [k for k,o in a.saved.items() if k not in c or c.shape(k)!=a.tensors.shape(o)]
     if not other: return folder
     names = _labelled(a, labels)
-    if names is None: raise IncompatibleError(f"{a.path} replaces {other[0]!r}, which does not fit {base}; {_trained_on(a)}")
-    try: new = add_head(folder, names, new_head=True, allow_pickle=allow_pickle)
-    except ValueError as e: raise IncompatibleError(f"{base} gets no head for the adapter in {a.path} ({str(e).splitlines()[0][:150]}); "
-        "give the classifier that it was trained on") from e
-    if lack := sorted(set(base_info(new)['initialised'])-set(a.saved)):
-        raise IncompatibleError(f"neither {base} nor the adapter in {a.path} has {lack[0]!r}: it was drawn at random when the "
-            "adapter was trained, and not saved; train again with it among modules_to_save")
-    return new
+    if names is None:
+        raise IncompatibleError(f"{a.path} replaces {other[0]!r}, which does not fit {base}; "
+            f"{_trained_on(a)}")
+    return _with_head(base, folder, a, names, allow_pickle)
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #b7a5d866
+# %% ../nbs/1_tensors/50_adapter.ipynb #9d251a0b
 def _turned(a, p, shape, k):
     "Whether the weight is stored (inputs, outputs)"
-    out,inp = a.tensors.shape(p.b)[0],a.tensors.shape(p.a)[1]
-    fits = [o for o,s in [(False,(out,inp)),(True,(inp,out))] if s==shape]
-    if not fits: raise IncompatibleError(f"{a.path} changes {k!r} by a matrix of {out} outputs and {inp} inputs, but it is "
-        f"{shape}; {_trained_on(a)}")
-    return (p.embedding or bool(a.config.get('fan_in_fan_out'))) if len(fits)==2 else fits[0]
+    out = a.tensors.shape(p.b)[0]
+    inp = a.tensors.shape(p.a)[1]
+    if shape==(out,inp)==(inp,out): return p.embedding or bool(a.config.get('fan_in_fan_out'))
+    if shape in ((out,inp),(inp,out)): return shape==(inp,out)
+    raise IncompatibleError(f"{a.path} changes {k!r} by a matrix of {out} outputs and {inp} inputs, but it "
+        f"is {shape}; {_trained_on(a)}")
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #b7a5d866
 def _check_fit(a, c):
-    if lost := sorted((a.parts.keys()|a.saved.keys())-set(c)):
-        raise IncompatibleError(f"{a.path} changes {lost[0]!r}, which {c.path} lacks; {_trained_on(a)}")
+    "Raise unless every tensor of adapter `a` has its place in the model `c`"
+    lost = sorted((a.parts.keys()|a.saved.keys())-set(c))
+    if lost: raise IncompatibleError(f"{a.path} changes {lost[0]!r}, which {c.path} lacks; {_trained_on(a)}")
     for k,p in a.parts.items():
         if p.a: _turned(a, p, c.shape(k), k)
     if a.config.get('bias','none')=='none': return
     bias = [k.removesuffix('weight')+'bias' for k in a.parts if k.endswith('.weight')]
-    if lack := [k for k in bias if k in c and k not in a.saved]:
-        raise CheckpointError(f"{a.path} was trained with bias={a.config['bias']!r}, but holds no {lack[0]!r}; save it again with "
-            "a newer PEFT")
+    lack = [k for k in bias if k in c and k not in a.saved]
+    if lack:
+        raise CheckpointError(f"{a.path} was trained with bias={a.config['bias']!r}, but holds no "
+            f"{lack[0]!r}; save it again with a newer PEFT")
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #b0ec4884
+# %% ../nbs/1_tensors/50_adapter.ipynb #afb83725
 def _change(a, c, k):
     "Function from rows of tensor `k` to what the adapter adds to them; None: nothing"
-    if (p := a.parts.get(k)) is None: return None
+    p = a.parts.get(k)
+    if p is None: return None
     b = a.tensors.read(p.b)
-    if p.a is None: return lambda rows: p.scale*b.double()[slice(None) if rows is None else rows]
-    fa,turned = a.tensors.read(p.a),_turned(a, p, c.shape(k), k)
-    return lambda rows: low_rank(fa, b, p.scale, turned, rows)
+    if p.a is None: return lambda rows: p.scale*_some_rows(b.double(), rows)
+    fa = a.tensors.read(p.a)
+    turned = _turned(a, p, c.shape(k), k)
+    return lambda rows: low_rank(fa, b, p.scale, turned=turned, rows=rows)
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #b77c007c
 def _blocks(a, c):
     "Yield (name, rows, values) of the whole model"
     for k in c:
         add = _change(a, c, k)
+        where = a.tensors if k in a.saved else c
         for rows in row_blocks(c.shape(k)):
-            t = (a.tensors if k in a.saved else c).read(a.saved.get(k, k), rows)
+            t = where.read(a.saved.get(k, k), rows)
             if add: t = t.double()+add(rows)
             yield k,rows,check_finite(t.to(c.dtype(k)), k)
 
-def _write(d, a, folder, c, labels, record):
+# %% ../nbs/1_tensors/50_adapter.ipynb #6355a72f
+def _write_files(d, a, folder, labels):
+    "Everything of the model but its weights"
     copy_model_files(folder, d)
     copy_model_files(a.path, d, config=False)
     if (a.path/'README.md').is_file(): shutil.copyfile(a.path/'README.md', d/'README.md') # Its licence
-    if labels:
-        config = load_json(d/'config.json')
-        config |= dict(id2label={str(i):o for i,o in enumerate(labels)}, label2id={o:i for i,o in enumerate(labels)})
-        (d/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
+    if not labels: return
+    ids = {str(i):o for i,o in enumerate(labels)}
+    numbers = {o:i for i,o in enumerate(labels)}
+    config = load_json(d/'config.json')|dict(id2label=ids, label2id=numbers)
+    (d/'config.json').write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding='utf-8')
+
+# %% ../nbs/1_tensors/50_adapter.ipynb #b0ec4884
+def _write_weights(d, a, c, record):
+    "The changed weights of `c`, and the record with their digest"
     with CheckpointWriter(d, {k:(c.dtype(k),c.shape(k)) for k in c}) as w:
         for k,rows,t in _blocks(a, c): w.write(k, t, rows)
-    (d/'adapter_record.json').write_text(json.dumps(record|dict(digest=open_checkpoint(d).digest()), indent=1), encoding='utf-8')
+    record = record|dict(digest=open_checkpoint(d).digest())
+    (d/'adapter_record.json').write_text(json.dumps(record, indent=1), encoding='utf-8')
 
-# %% ../nbs/1_tensors/50_adapter.ipynb #02f877ca
+# %% ../nbs/1_tensors/50_adapter.ipynb #a12900d5
 def _made(out, key):
-    try: r = load_json(out/'adapter_record.json'); return r['key']==key and open_checkpoint(out).digest()==r['digest']
+    "Whether the model with this key is in `out`, and unchanged"
+    try:
+        r = load_json(out/'adapter_record.json')
+        return r['key']==key and open_checkpoint(out).digest()==r['digest']
     except (CheckpointError, MissingDataError, KeyError): return False
 
+# %% ../nbs/1_tensors/50_adapter.ipynb #02f877ca
 def apply_adapter(
     base, # Folder or hub name of the model it was trained on; None: the one its configuration names
     adapter, # Folder of a PEFT adapter
     out=None, # Folder to write; None: in the cache, under the hash of what it is made from
+    *,
     labels=None, # Names of the labels, in id order; None: those of base or adapter, else placeholders
     allow_pickle:bool=False, # Also read `.bin` weights, weights-only
 )->Path: # A model folder, in the types of the base
     "The model that `base` and `adapter` are together"
     a = open_adapter(adapter, allow_pickle)
-    base = a.config.get('base_model_name_or_path') if base is None else base
+    if base is None: base = a.config.get('base_model_name_or_path')
     folder = _start(base, a, labels, allow_pickle)
     c = open_checkpoint(folder, allow_pickle)
     _check_fit(a, c)
-    if labels and not (names := _labelled(a, labels)): raise ValueError(f"labels were given, but the adapter in {a.path} has no head")
-    labels = labels and names
-    record = dict(base_digest=c.digest(), adapter_digest=a.tensors.digest(), adapter=a.path.resolve().name, config=a.config)
+    if labels:
+        labels = _labelled(a, labels)
+        if not labels: raise ValueError(f"labels were given, but the adapter in {a.path} has no head")
+    record = dict(base_digest=c.digest(), adapter_digest=a.tensors.digest(), adapter=a.path.resolve().name,
+        config=a.config)
     record['key'] = config_hash([1, record, load_json(folder/'config.json'), labels])
-    cached,out = out is None,cache_dir('adapter')/record['key'] if out is None else Path(out)
+    cached = out is None
+    out = cache_dir('adapter')/record['key'] if cached else Path(out)
     with alone(out):
         if _made(out, record['key']): return out
-        with atomic_dir(out, cached=cached) as d: _write(d, a, folder, c, labels, record)
+        with atomic_dir(out, cached=cached) as d:
+            _write_files(d, a, folder, labels)
+            _write_weights(d, a, c, record)
     return out
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #bda5d48c

@@ -1,4 +1,4 @@
-"""What is really in a merged checkpoint, and in words what went wrong
+"""What a merged checkpoint really contains, and what went wrong, in words
 
 Docs: https://merginguriel.github.io/merginguriel/2_merging/audit.html.md"""
 
@@ -24,10 +24,7 @@ from .core import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
-from .task_vector import _say
 from .recovery import *
-
-# %% ../nbs/2_merging/15_audit.ipynb #4af0c496
 from .faults import *
 from .audit_case import *
 from .audit_head import *
@@ -286,7 +283,7 @@ def _misfits(a):
     for k in a.m.files:
         for keys,what in ((a.m.lack[k],'lacks'),(a.m.other[k],'has in another shape')):
             body = [o for o in keys if o not in a.m.heads]
-            if body: yield fault('tensors', f"{k} {what} {_say(body)}, which {a.m.first} has")
+            if body: yield fault('tensors', f"{k} {what} {some_tensor_names(body)}, which {a.m.first} has")
 
 # %% ../nbs/2_merging/15_audit.ipynb #1eb148f7
 def _changed_files(a):

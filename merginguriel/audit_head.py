@@ -21,7 +21,7 @@ import torch
 from .core import *
 from .checkpoint import *
 from .base_model import *
-from .task_vector import _say
+from .task_vector import *
 from .recovery import *
 from .faults import *
 from .audit_case import *
@@ -55,7 +55,7 @@ def _lost_head(a, lost):
     a.head = dict(status='lost', missing=lost)
     lm = [k for k in a.m.opened['the merged model'] if k.split('.')[0] in _lm_heads]
     instead = f", and has the head of a language model instead ({lm[0]})" if lm else ''
-    return fault('head lost', f"It lacks {_say(lost)}, of the classifier{instead}")
+    return fault('head lost', f"It lacks {some_tensor_names(lost)}, of the classifier{instead}")
 
 # %% ../nbs/2_merging/14_audit_head.ipynb #af184b7a
 @dataclass

@@ -32,7 +32,6 @@ from .clustering import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
-from .task_vector import _pick
 from .adapter import *
 from .head import *
 from .loop import *
@@ -104,7 +103,7 @@ def fit_bases(
     check_choices(kind=(kind,basis_kinds), head=(head,('bases','own')))
     choice = check_basis(kind, list(sources), n_bases, seed=seed, **options)
     place,parts = open_place(base, sources, head)
-    keys = _pick(place.keys, exclude)
+    keys = kept_tensors(place.keys, exclude)
     s = solve_bases(place, parts, keys, choice, gram=gram)
     names = list(parts)
     n = len(names)
@@ -406,7 +405,7 @@ def _compared(self:Bases, source, name):
     if set(p.own)&set(head_keys(p.spec)): check_one_head({'the bases':p.view, name:part})
     tau = task_vector_of(part)
     def both(block, b): return torch.cat([self._vectors(block, b), tau(block, b)[None]])
-    return part,own,vector_products(p, _pick(p.keys, self.exclude), self.mix.shape[1]+1, both)
+    return part,own,vector_products(p, kept_tensors(p.keys, self.exclude), self.mix.shape[1]+1, both)
 
 # %% ../nbs/2_merging/85_bases.ipynb #03229ac7
 @patch

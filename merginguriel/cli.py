@@ -6,12 +6,13 @@ Docs: https://merginguriel.github.io/merginguriel/7_command/cli.html.md"""
 
 # %% auto #0
 __all__ = ['demo_command', 'run_command', 'templates_command', 'finetune_command', 'evaluate_command', 'nxn_command',
-           'select_command', 'merge_command', 'audit_command', 'match_base_command', 'bases_command', 'compat_command',
-           'sweep_command', 'report_command', 'diff_command', 'import_legacy_command']
+           'finetune_all_command', 'select_command', 'merge_command', 'audit_command', 'match_base_command',
+           'bases_command', 'compat_command', 'sweep_command', 'report_command', 'diff_command',
+           'import_legacy_command']
 
 # %% ../nbs/7_command/30_cli.ipynb #f3753b7a
-"""`merginguriel COMMAND --help` says what a command takes. A command reads its arguments, calls the function that does the work and
-prints the result; `command_line` is what they share, and `main` of it runs them."""
+"""`merginguriel COMMAND --help` says what a command takes. A command reads its arguments, calls the function
+that does the work and prints the result; `command_line` is what they share, and `main` of it runs them."""
 
 # %% ../nbs/7_command/30_cli.ipynb #2c39de27
 import ast,inspect,re,sys
@@ -20,9 +21,8 @@ from .core import *
 from .outputs import *
 from .runner import *
 from .command_line import *
-from .command_line import _option
 
-# %% ../nbs/7_command/30_cli.ipynb #47f56836
+# %% ../nbs/7_command/30_cli.ipynb #259a5bc6
 def _tty(): return sys.stderr.isatty() # Bars are for people
 
 def _execute(template, out, params):
@@ -31,6 +31,7 @@ def _execute(template, out, params):
     path = run_template(template, out, _tty(), **{k:v for k,v in params.items() if v!=known[k][1]})
     print(f'executed notebook: {path}\n\n{last_text(path)}')
 
+# %% ../nbs/7_command/30_cli.ipynb #e3962644
 @command('demo', lambda argv: template_options('exctar', 'target world'))
 def demo_command(
     out:str='runs', # Folder for the executed notebook, the models and the store
@@ -41,10 +42,11 @@ def demo_command(
 
 def _of_template(argv): return template_options(argv[0]) if argv and not argv[0].startswith('-') else []
 
+# %% ../nbs/7_command/30_cli.ipynb #47f56836
 @command('run', _of_template)
 def run_command(
-    template:str, # Name of a template, or path of a notebook with a parameters cell; its parameters are options
-    out:str=None, # Folder for the executed notebook and for what the template writes; without it, the template's own
+    template:str, # Name of a template, or path of a notebook with parameters; these are the options
+    out:str=None, # Folder for the executed notebook and its results; without it, the template's own
     **params, # See the template
 ):
     "Execute a notebook template with the parameters given (merginguriel run TEMPLATE --help lists them)"
@@ -59,15 +61,17 @@ def templates_command():
         first = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type=='markdown')
         print(f"{name:<10} {first.splitlines()[0].removeprefix('# ')}")
 
-# %% ../nbs/7_command/30_cli.ipynb #8174dd39
+# %% ../nbs/7_command/30_cli.ipynb #ae0298a5
 def _base(name):
     "`name`, or the folder that it stands for"
-    from merginguriel.mini import base_folder
-    return base_folder(name) if name in ('mini','toy') else name
+    from merginguriel.mini import base_folder,named_bases
+    return base_folder(name) if name in named_bases else name
 
 def _given(options): return {k:v for k,v in options.items() if v is not None}
 
-@command('finetune', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment', 'base dataset')
+# %% ../nbs/7_command/30_cli.ipynb #8174dd39
+@command('finetune', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment',
+    'base dataset')
     + declared('train.finetune', 'seed device dtype replace') + declared('train.TrainOptions', optional=True))
 def finetune_command(
     out:required, # Folder to write; a finished run with the same configuration is found again
@@ -78,12 +82,14 @@ def finetune_command(
     from merginguriel.train import finetune,training_record
     locale,base,dataset = (options.pop(o) for o in ('locale','base','dataset'))
     train,dev = (load_intents(dataset, locale, o) for o in ('train','dev'))
-    r = training_record(finetune(_base(base), train, out, dev, progress=_tty(), **_given(options)))
+    r = training_record(finetune(_base(base), train, out, dev=dev, progress=_tty(), **_given(options)))
     best = r['history'][r['best_epoch']-1]
-    print(f"{out}: {locale}, dev accuracy {best['dev_accuracy']:.4f} in epoch {best['epoch']} of {len(r['history'])}, {r['seconds']} s")
+    print(f"{out}: {locale}, dev accuracy {best['dev_accuracy']:.4f} in epoch {best['epoch']} of "
+        f"{len(r['history'])}, {r['seconds']} s")
 
 # %% ../nbs/7_command/30_cli.ipynb #34f6cd92
-@command('evaluate', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment', 'dataset')
+@command('evaluate', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment',
+    'dataset')
     + declared('evaluate.predict', 'batch_size device dtype max_length'))
 def evaluate_command(
     model:str, # Folder of a classifier
@@ -97,7 +103,7 @@ def evaluate_command(
     data = load_intents(dataset, locale, split)
     print(f"{locale} {split}: accuracy {accuracy(predict(model, data, **options))}")
 
-# %% ../nbs/7_command/30_cli.ipynb #69c00011
+# %% ../nbs/7_command/30_cli.ipynb #1a8b453d
 def _split(text): return [o.strip() for o in text.split(',') if o.strip()]
 
 def _pairs(text, what):
@@ -108,15 +114,19 @@ def _pairs(text, what):
     if len({k for k,_,_ in pairs})<len(pairs): raise ValueError(f"{what} has a name twice: {text!r}")
     return {k.strip():v.strip() for k,_,v in pairs}
 
+# %% ../nbs/7_command/30_cli.ipynb #69c00011
 def _models(text):
     "Name -> folder of a model or an adapter"
     if '=' in text or not Path(text).is_dir(): return _pairs(text, 'a list of models')
     found = list_models(text)
-    if not found: raise MissingDataError(f"{text} has no folder with a config.json; name models as en-US=path,de-DE=path")
+    if not found:
+        raise MissingDataError(f"{text} has no folder with a config.json; name models as "
+            "en-US=path,de-DE=path")
     return found
 
 # %% ../nbs/7_command/30_cli.ipynb #cf769b67
-@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn', 'split device dtype kept keep_going'))
+@command('nxn', lambda argv: declared('experiment.Experiment', 'dataset') + declared('evaluate.nxn',
+    'split device dtype kept keep_going'))
 def nxn_command(
     models:str, # Folder with one model folder per locale, or en-US=path,de-DE=path
     out:required, # CSV file to write: rows = training locale, columns = test locale, accuracies in [0, 1]
@@ -128,11 +138,34 @@ def nxn_command(
     from merginguriel.data import load_intents
     from merginguriel.evaluate import nxn
     check_file(out)
-    models,dataset,split = _models(models),options.pop('dataset'),options['split']
+    models = _models(models)
+    dataset = options.pop('dataset')
+    split = options['split']
     data = {o:load_intents(dataset, o, split) for o in _split(locales) or models}
     m = nxn(models, data, bank or cache_dir('predictions'), progress=_tty(), **options)
     with output_file(out) as f: m.to_csv(f, index_label='source' if split=='dev' else f'source ({split})')
     print(m.round(3).to_string())
+
+# %% ../nbs/7_command/30_cli.ipynb #b112e053
+@command('finetune-all', lambda argv: declared('experiment.Experiment', 'base dataset halves n_train')
+    + declared('train.finetune', 'device dtype') + declared('train.TrainOptions', optional=True))
+def finetune_all_command(
+    models:str=None, # Folder of the models; without it, the one that the variable MERGINGURIEL_MODELS names
+    locales:str='all', # Locales, comma separated, in this order; all: those of the data set
+    seeds:str='0', # Seeds of the head and of fine-tuning, comma separated
+    **options, # Fields of `Experiment`, and those of `finetune`
+):
+    "Fine-tune the classifiers of many locales and seeds, and say how long the rest takes"
+    from merginguriel.data import available_locales
+    from merginguriel.experiment import Experiment
+    from merginguriel.jobs import train_all
+    from merginguriel.locales import check_locale
+    fields = {k:options.pop(k) for k in 'base dataset halves n_train'.split()}
+    device = options.pop('device')
+    known = available_locales(fields['dataset'])
+    names = known if locales=='all' else [check_locale(o, known) for o in _split(locales)]
+    es = [Experiment(o, seed=int(s), options=_given(options), **fields) for s in _split(seeds) for o in names]
+    train_all(es, models, device, _tty(), lambda line: print(line, flush=True))
 
 # %% ../nbs/7_command/30_cli.ipynb #8249e99a
 def _similarity(kind, names, features, nxn):
@@ -141,48 +174,58 @@ def _similarity(kind, names, features, nxn):
     import pandas as pd
     if kind=='uriel': return uriel_similarity(names, features)
     if kind!='real': raise ValueError(f"similarity is 'uriel' or 'real'; got {kind!r}")
-    if not nxn: raise ValueError("similarity 'real' is read from a file; make one with merginguriel nxn and give it with --nxn")
+    if not nxn:
+        raise ValueError("similarity 'real' is read from a file; make one with merginguriel nxn and give it "
+            "with --nxn")
     m = pd.read_csv(nxn, index_col=0)
     split = re.fullmatch(r'source \((\w+)\)', str(m.index.name))
-    return real_similarity(m.rename_axis(index='source', columns='target'), split=split[1] if split else 'dev')
+    return real_similarity(m.rename_axis(index='source', columns='target'),
+        split=split[1] if split else 'dev')
 
 # %% ../nbs/7_command/30_cli.ipynb #53349736
-@command('select', lambda argv: declared('experiment.Experiment', 'target k include_target target_weight similarity weighting oracle')
-    + declared('selection.select_sources', 'temperature') + declared('selection.select_sources', 'legacy', optional=True)
+@command('select', lambda argv: declared('experiment.Experiment', 'target k include_target target_weight '
+    'similarity weighting oracle')
+    + declared('selection.SelectionOptions', 'temperature')
+    + declared('selection.SelectionOptions', 'legacy', optional=True)
     + declared('similarity.uriel_similarity', 'features'))
 def select_command(
     nxn:str=None, # CSV file of `merginguriel nxn`, for similarity 'real'
-    candidates:str='', # Locales that may be chosen, comma separated; without it, the study's 49, or all rows of the file
+    candidates:str='', # Locales to choose from, comma separated; without it, the study's 49 or the rows
     **options, # Those of `Experiment` and `select_sources`
 ):
     "The sources for a target, their weights, and what was touched to choose them"
     from merginguriel.locales import check_locale,locales,study_locales
     from merginguriel.selection import check_contract,select_sources,touched_by
     kind,features,oracle,legacy = (options.pop(o) for o in ('similarity','features','oracle','legacy'))
-    target,inc,chosen = check_locale(options['target']),options['include_target'],_split(candidates)
+    target = check_locale(options['target'])
+    inc = options['include_target']
+    chosen = _split(candidates)
     m = _similarity(kind, list(dict.fromkeys([*(chosen or study_locales), target])), features, nxn)
-    check_contract(inc, touched_by(m), oracle, target)
+    check_contract(inc, touched_by(m), oracle=oracle, target=target)
     w = select_sources(similarity=m, candidates=chosen or None, legacy=_split(legacy or ''), **options)
-    c = check_contract(inc, touched_by(m), oracle, target, list(w.index))
+    c = check_contract(inc, touched_by(m), oracle=oracle, target=target, sources=list(w.index))
     print(w.to_frame().assign(similarity=m[target], language=locales.language).round(4).to_string())
     print(f"{c['mode']}, {c['stamp']}; touched of {target}: {', '.join(c['touched'])}")
 
-# %% ../nbs/7_command/30_cli.ipynb #48a29d4b
+# %% ../nbs/7_command/30_cli.ipynb #83cec06a
 def _weights(text):
     "Weights by name or in the order of the sources; None: the method's own"
     if text is None: return None
-    return {k:float(v) for k,v in _pairs(text, 'weights').items()} if '=' in text else [float(o) for o in _split(text)]
+    return {k:float(v) for k,v in _pairs(text, 'weights').items()} if '=' in text else [float(o)
+        for o in _split(text)]
 
 def _value(text):
     try: return ast.literal_eval(text)
     except (ValueError,SyntaxError): return text
 
+# %% ../nbs/7_command/30_cli.ipynb #de9f71b0
 @command('merge', lambda argv: declared('merge.merge', 'method head seed')
-    + declared('merge.MergeOptions', 'allow_mixed_heads allow_generic') + declared('merge.merge', 'replace'))
+    + declared('merge.MergeOptions', 'allow_mixed_heads allow_generic')
+    + declared('merge.merge', 'replace'))
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each
-    base:str=None, # Pretrained base: 'mini', a folder or a hub name; may be left out for a method that needs none
+    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; left out where the method needs none
     weights:str=None, # One weight per source, as .5,.5 or en-US=.5,de-DE=.5; without it, the method's own
     hp:str='', # Hyperparameters of the method, as density=.1,scale=1
     config:str=None, # A mergekit recipe (YAML) in place of sources, base, weights, method and hp
@@ -191,17 +234,22 @@ def merge_command(
 ):
     "Merge checkpoints into a new model folder"
     labels = _split(labels or '') or None
-    if config: return _merge_recipe(config, out, dict(sources=sources, base=base, weights=weights, hp=hp), dict(labels=labels, **options))
+    if config:
+        return _merge_recipe(config, out, dict(sources=sources, base=base, weights=weights, hp=hp),
+            dict(labels=labels, **options))
     from merginguriel.adapter import as_model
     from merginguriel.merge import merge,merge_cost
     if not sources: raise ValueError("a merge needs --sources, or --config with a recipe")
     check_out(out, options['replace'])
-    values,base = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {},base and _base(base)
+    values = {k:_value(v) for k,v in _pairs(hp, 'hp').items()} if hp else {}
+    base = base and _base(base)
     models = {k:as_model(o, base, labels) for k,o in _models(sources).items()}
     how = dict(weights=_weights(weights), **values)
-    print(f"{options['method']}: {merge_cost(base, models, **{k:options[k] for k in ('method','head','seed')}, **how)}", flush=True)
+    print(f"{options['method']}: "
+        f"{merge_cost(base, models, **{k:options[k] for k in ('method','head','seed')}, **how)}", flush=True)
     _print_merge(merge(base, models, out, **options, **how))
 
+# %% ../nbs/7_command/30_cli.ipynb #48a29d4b
 def _print_merge(r): print(f'{r}\n{r.weights.to_string()}\nwritten to {r.path}')
 
 def _merge_recipe(config, out, given, options):
@@ -218,9 +266,9 @@ def _merge_recipe(config, out, given, options):
 @command('audit', lambda argv: declared('audit.audit', 'exclude digests'))
 def audit_command(
     merged:str, # Merged model: folder or file
-    base:required, # Pretrained base: 'mini', a folder or a hub name
+    base:required, # Pretrained base: 'mini', 'e5', a folder or a hub name
     sources:required, # Models as en-US=path,de-DE=path, or a folder with one model folder each
-    weights:str=None, # What was meant, as .5,.5 or en-US=.5,de-DE=.5; without it, what the model's own record says
+    weights:str=None, # What was meant, as .5,.5 or en-US=.5,de-DE=.5; without it, what the record says
     json:str=None, # JSON file to write the report to
     **options, # Those of `audit`
 ):
@@ -235,9 +283,10 @@ def audit_command(
     return int(bool(r.warnings))
 
 # %% ../nbs/7_command/30_cli.ipynb #784ab9b9
-@command('match-base', lambda argv: declared('base_model.match_base', 'out seed new_head allow_generic allow_pickle'))
+@command('match-base', lambda argv: declared('base_model.match_base', 'out seed new_head allow_generic '
+    'allow_pickle'))
 def match_base_command(
-    pretrained:str, # 'mini', or folder or hub name of an encoder, a masked language model, or a classifier of any size
+    pretrained:str, # 'mini', 'e5', folder or hub name of an encoder, a masked language model, or a classifier
     reference:str, # Folder or hub name of a classifier fine-tuned from it
     **options, # Those of `match_base`
 ):
@@ -246,34 +295,42 @@ def match_base_command(
     path = match_base(_base(pretrained), reference, **options)
     print(f"{path}\ndrawn from the seed: {', '.join(base_info(path)['initialised']) or 'nothing'}")
 
-# %% ../nbs/7_command/30_cli.ipynb #74948017
-_actions = dict(fit='fit_bases n_bases kind seed head exclude', show='', expand='expand task', add_tasks='add_tasks scale head',
+# %% ../nbs/7_command/30_cli.ipynb #2c025de4
+_actions = dict(fit='fit_bases n_bases kind seed head exclude', show='', expand='expand task',
+    add_tasks='add_tasks scale head',
     add_bases='add_bases scale outer head', negate='negate task scale head', add='add name source threshold')
 
+# %% ../nbs/7_command/30_cli.ipynb #b6569108
 def _action(argv):
     "The options of an action of `bases`"
     name = argv[0].replace('-', '_') if argv else ''
     if name not in _actions: return []
     f,*params = _actions[name].split() or ['']
-    text = lambda k,comment,default=inspect.Parameter.empty: _option(k, str, default, comment)
-    more = dict(fit=[text('base', "Pretrained base: 'mini', a folder or a hub name"), text('sources', 'Models as en-US=path,de-DE=path, or '
-        'a folder with one model folder each'), text('hp', 'Options of the kind, as by=linkage,inner=ties,density=.2', '')],
-        add_tasks=[text('tasks', 'Tasks, as en-US,de-DE, each with weight 1, or with weights, as en-US=.7,de-DE=.3; without it, all', '')])
+    text = lambda k,comment,default=inspect.Parameter.empty: option(k, str, default, comment)
+    more = dict(fit=[text('base', "Pretrained base: 'mini', 'e5', a folder or a hub name"),
+        text('sources', 'Models as en-US=path,de-DE=path, or '
+        'a folder with one model folder each'), text('hp', 'Options of the kind, as '
+        'by=linkage,inner=ties,density=.2', '')],
+        add_tasks=[text('tasks', 'Tasks, as en-US,de-DE, each with weight 1, or with weights, as '
+            'en-US=.7,de-DE=.3; without it, all', '')])
     made = [] if name in ('fit','show') else [text('out', 'Folder to write')]
     moved = [] if name=='fit' else [text('base', 'The base, where it is not where it was', None)]
     saved = declared('bases.save', 'replace') if name in ('fit','add') else []
     return (declared(f'bases.{f}', ' '.join(params)) if f else [])+more.get(name, [])+made+saved+moved
 
+# %% ../nbs/7_command/30_cli.ipynb #a7755a31
 @command('bases', _action)
 def bases_command(
-    action:str, # 'fit', 'show', 'expand', 'add-tasks', 'add-bases', 'negate', or 'add', a new task; --help after it shows its options
+    action:str, # fit, show, expand, add-tasks, add-bases, negate or add; ACTION --help says more
     folder:str, # Folder of the bases: written by 'fit', read by the others
     **options, # Of the action
 ):
     "Keep a few vectors in place of many fine-tuned models, and make models from them"
     from merginguriel.bases import Bases,fit_bases
-    name,base = action.replace('-', '_'),options.pop('base', None)
-    if name not in _actions: raise ValueError(f"the actions of bases are {', '.join(_actions).replace('_', '-')}; got {action!r}")
+    name = action.replace('-', '_')
+    base = options.pop('base', None)
+    if name not in _actions:
+        raise ValueError(f"the actions of bases are {', '.join(_actions).replace('_', '-')}; got {action!r}")
     if name=='fit':
         replace = options.pop('replace')
         check_out(folder, replace)
@@ -283,13 +340,15 @@ def bases_command(
     b = Bases.load(folder, base and _base(base))
     if name=='show': return _print_bases(b, folder)
     if name!='add': options |= {'tasks':_tasks(options['tasks'])} if 'tasks' in options else {}
-    out,replace = options.pop('out'),options.pop('replace', False)
+    out = options.pop('out')
+    replace = options.pop('replace', False)
     check_out(out, replace if name=='add' else None)
     if name=='add':
         print(b.add(**options).round(4).to_string())
         return print(f"written to {b.save(out, replace)}")
     print(f"written to {getattr(b, name)(**options, out=out)}")
 
+# %% ../nbs/7_command/30_cli.ipynb #74948017
 def _tasks(text): return None if not text else _weights(text) if '=' in text else _split(text)
 
 def _kind_options(kind, text):
@@ -298,13 +357,15 @@ def _kind_options(kind, text):
     return own|(dict(hp=values) if values else {})
 
 def _print_bases(b, folder):
-    e,s = b.error(),b.storage()
+    e = b.error()
+    s = b.storage()
     print(f"{b}\nlost: {e.error:.4f} of the squared lengths, the least possible {e.bound:.4f}\n"
         f"stored: {s.bytes:,.0f} bytes, {s.fraction:.3f} of the task vectors\n{folder}")
 
 # %% ../nbs/7_command/30_cli.ipynb #cfee16c2
-@command('compat', lambda argv: declared('compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric '
-    'output_dir locales seed embeddings off_base dataset text_locale split n layer pooling estimator device cache'))
+@command('compat', lambda argv: declared('compute_compatibility_matrix.compute_compatibility_matrix',
+    'models_dir pretrained metric output_dir locales seed embeddings off_base dataset text_locale split n '
+    'layer pooling estimator device cache'))
 def compat_command(
     **options, # Those of `compute_compatibility_matrix`
 ):
@@ -334,10 +395,11 @@ def sweep_command(
         runner.run_all(p, progress=_tty(), **options)
         print(p.summary(options['workers']))
     t = p.table()
-    for h,r in t[t.state.isin(['failed','running'])].iterrows(): print(f"{r.state} {h}: {r.reason if r.state=='failed' else 'now'}")
+    for h,r in t[t.state.isin(['failed','running'])].iterrows():
+        print(f"{r.state} {h}: {r.reason if r.state=='failed' else 'now'}")
     return int((t.state=='failed').any())
 
-# %% ../nbs/7_command/30_cli.ipynb #ab52210c
+# %% ../nbs/7_command/30_cli.ipynb #4631fb2d
 @command('report', lambda argv: declared('report.as_text', 'format'))
 def report_command(
     store:str='runs/store.sqlite', # File of the result store
@@ -358,6 +420,7 @@ def report_command(
         with output_file(files[k]) as f: f.write(v)
     print(f"{', '.join(texts)} written to {out}")
 
+# %% ../nbs/7_command/30_cli.ipynb #ab52210c
 @command('diff')
 def diff_command(
     run_a:str, # First digits of a run's hash; after a slash, the name of a model in it, as 1a2b3c4d/linear
@@ -372,7 +435,7 @@ def diff_command(
 # %% ../nbs/7_command/30_cli.ipynb #7250d4be
 @command('import-legacy')
 def import_legacy_command(
-    folder:str, # Folder of the study: results.json files, N×N matrices and tables of experiments at any depth in it
+    folder:str, # Folder of the study: results.json files, N×N matrices and tables, at any depth in it
     store:str='runs/store.sqlite', # File of the result store
 ):
     "Results of a MergingUriel study into the store; all of them, or an error that lists what is ambiguous"
@@ -381,4 +444,5 @@ def import_legacy_command(
     df = import_legacy(folder, Store(store))
     print(df.to_string(index=False, na_rep=''))
     left = df.hash.isna().sum()
-    print(f"{len(df)-left} scores of {df.hash.nunique()} runs recorded in {store}; {left} left out, as the table says")
+    print(f"{len(df)-left} scores of {df.hash.nunique()} runs recorded in {store}; {left} left out, as the "
+        "table says")

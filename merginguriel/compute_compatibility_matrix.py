@@ -9,13 +9,14 @@ __all__ = ['compatibilities', 'find_models', 'shared_texts', 'model_features', '
            'compute_compatibility_matrix', 'main']
 
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #7d714023
-"""One call for a family of models: `task_vector_cosine_matrix.csv`, `cka_matrix.csv` and `computation_log.json`, which
-`CompatibilityWeightCalculator` reads. What was measured is kept by content in a cache: after an interruption the
-same call goes on, and with one more model it measures what is new. A model that was asked for and is not there is a
-row of NaN and a line in the log. All models see the same texts, the same ids of one locale or of several.
-`measure_compatibility` gives any of the measures by name, for an experiment."""
+"""One call for a family of models: `task_vector_cosine_matrix.csv`, `cka_matrix.csv` and
+`computation_log.json`, which `CompatibilityWeightCalculator` reads. What was measured is kept by content in
+a cache: after an interruption the same call goes on, and with one more model it measures what is new. A
+model that was asked for and is not there is a row of NaN and a line in the log. All models see the same
+texts, the same ids of one locale or of several. `measure_compatibility` gives any of the measures by name,
+for an experiment."""
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #45bdbd37
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0bd65c0a
 import argparse,inspect,json,os,platform,re,sys,time
 from pathlib import Path
 import numpy as np
@@ -28,16 +29,21 @@ from .outputs import *
 from .locales import *
 from .checkpoint import *
 from .representation import *
+from .inner_products import *
 from .compatibility import *
 from .data import *
 from .mini import *
+from .classifier import *
 from .train import *
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #43b67902
+def _locales_in(name):
+    return sorted(o for o in locales.index if re.search(rf'(?<![A-Za-z]){o}(?![A-Za-z])', name))
+
+def _is_model(folder):
+    return any((folder/o).is_file() for o in ('model.safetensors','model.safetensors.index.json'))
+
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #a8a4727f
-def _locales_in(name): return sorted(o for o in locales.index if re.search(rf'(?<![A-Za-z]){o}(?![A-Za-z])', name))
-
-def _is_model(folder): return any((folder/o).is_file() for o in ('model.safetensors','model.safetensors.index.json'))
-
 def find_models(
     models_dir, # Folder with one model folder per locale
     wanted=None, # Locales to look for; None: those that are there
@@ -45,23 +51,29 @@ def find_models(
 ): # (locale -> folder, or None where there is no model; names of the folders left alone)
     "The models in `models_dir` by locale"
     if not Path(models_dir).is_dir():
-        raise MissingDataError(f"no folder {models_dir}; give the folder that holds one model folder per locale")
-    wanted,found,other = [check_locale(o) for o in wanted or []],{},[]
+        raise MissingDataError(f"no folder {models_dir}; give the folder that holds one model folder per "
+            "locale")
+    wanted = [check_locale(o) for o in wanted or []]
+    found = {}
+    other = []
     for p in list_models(models_dir, every=True).values():
         names = _locales_in(p.name)
-        if len(names)>1: raise ValueError(f"the folder {p.name} names {' and '.join(names)}; rename it so that it names one locale")
+        if len(names)>1:
+            raise ValueError(f"the folder {p.name} names {' and '.join(names)}; rename it so that it names "
+                "one locale")
         if not names or wanted and names[0] not in wanted: other.append(p.name)
         else: found.setdefault(names[0], []).append(p)
     for k,ps in found.items():
         whole = [o for o in ps if _is_model(o) and (seed=='' or str(training_record(o)['seed'])==str(seed))]
-        if len(whole)>1: raise ValueError(f"{len(whole)} models of {k}: {', '.join(o.name for o in whole)}; keep one of them in "
-            f"{models_dir}, or name the seed if it differs")
+        if len(whole)>1:
+            raise ValueError(f"{len(whole)} models of {k}: {', '.join(o.name for o in whole)}; keep one of "
+                f"them in {models_dir}, or name the seed if it differs")
         found[k] = whole[0] if whole else None
     out = {k:found.get(k) for k in (wanted or sorted(found))}
     if any(out.values()): return out,other
     has = sorted(o.name for o in Path(models_dir).iterdir())[:6]
-    raise MissingDataError(f"no model{f' of {wanted}' if wanted else ''} in {models_dir}, which has {has or 'nothing'}; a model is a "
-        "folder with a model.safetensors and its locale in its name")
+    raise MissingDataError(f"no model{f' of {wanted}' if wanted else ''} in {models_dir}, which has "
+        f"{has or 'nothing'}; a model is a folder with a model.safetensors and its locale in its name")
 
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #05847c81
 def shared_texts(
@@ -75,19 +87,23 @@ def shared_texts(
     data = {o.strip():load_intents(dataset, o.strip(), split) for o in text_locale.split(',')}
     first,*rest = data.values()
     common = set(first['id']).intersection(*(d['id'] for d in rest))
-    ids = subsample(first.select([i for i,o in enumerate(first['id']) if o in common]), n)['id'] if common else []
-    if len(ids)<4: raise ValueError(f"{text_locale}: {len(ids)} texts with common ids in {dataset} {split}, and CKA needs 4; take one "
-        "locale, or a parallel corpus")
+    ids = subsample(first.select([i for i,o in enumerate(first['id']) if o in common]),
+        n)['id'] if common else []
+    if len(ids)<4:
+        raise ValueError(f"{text_locale}: {len(ids)} texts with common ids in {dataset} {split}, and CKA "
+            "needs 4; take one locale, or a parallel corpus")
     rows = {k:dict(zip(d['id'], d['text'])) for k,d in data.items()}
     return [r[i] for r in rows.values() for i in ids],[f'{k}:{i}' for k in rows for i in ids]
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0b10a2b8
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #23064da6
 def _content(folder, cache):
     "(Hash of weights, configuration and tokenizer, bytes read)"
     digest,read = kept_digest(open_checkpoint(folder), cache)
     names = ('config.','tokenizer','vocab.','merges.','sentencepiece','spiece','special_tokens')
-    return config_hash([digest, {p.name:file_digest(p) for p in folder.iterdir() if p.name.startswith(names)}]),read
+    return config_hash([digest,
+        {p.name:file_digest(p) for p in folder.iterdir() if p.name.startswith(names)}]),read
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #eb100665
 def _read_texts(folder, texts, layer, pooling, device):
     m,tok = load_classifier(folder)
     ids = tok(texts, truncation=True, max_length=text_limit(m))['input_ids']
@@ -96,6 +112,7 @@ def _read_texts(folder, texts, layer, pooling, device):
     batches = (pad([ids[i] for i in o], tok.pad_token_id, device) for o in parts)
     return hidden_features(m.to(device), batches, layer, pooling)[np.argsort(order)]
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0b10a2b8
 def model_features(
     folder, # Folder of a classifier
     texts:list, # Texts to read
@@ -109,42 +126,48 @@ def model_features(
     file = Path(cache)/f'features-{config_hash([content, texts, layer, pooling])}.npy'
     try: return np.load(file, allow_pickle=False),read
     except FileNotFoundError: pass
-    except (ValueError, EOFError, OSError) as e: raise CheckpointError(f"{file} does not hold representations ({e}); remove it") from e
+    except (ValueError, EOFError, OSError) as e:
+        raise CheckpointError(f"{file} does not hold representations ({e}); remove it") from e
     x = _read_texts(folder, texts, layer, pooling, pick_device(device))
     with atomic_write(file, 'wb') as f: np.save(f, x)
     return x,read+open_checkpoint(folder).nbytes
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #7f657386
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #168462e1
 compatibilities = ('tv','layers','sign','subspace','cka','cka_biased','cka_target','cross_head')
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #1a69bf9d
 def measure_compatibility(
     measure:str, # One of `compatibilities`
     base, # Folder of the model they were fine-tuned from
     models:dict, # Name -> folder of a classifier
-    data, # Function from a locale to its data set with `text`, and for 'cross_head' `label`; called only where texts are read
+    data, # Function from a locale to its texts (for 'cross_head' with `label`), called where they are read
     reads:str, # Locale whose texts CKA reads
     cache, # Folder where measurements are kept
     n:int=500, # Texts of a locale, the first ones, at least 4
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->pd.DataFrame: # Names × names, symmetric
     "Compatibility of all pairs of `models` by `measure`"
-    if measure not in compatibilities: raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {measure!r}")
+    if measure not in compatibilities:
+        raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {measure!r}")
     see = lambda k,locale: model_features(models[k], list(data(locale)['text'][:n]), cache, device=device)[0]
     if measure=='subspace': return subspace_overlap(base, models)
     if measure=='cross_head':
         labels = {k:data(k)['label'][:n] for k in models}
-        m = cross_head_accuracy({k:see(k, k) for k in models}, {k:_head_of(o) for k,o in models.items()}, labels)[list(models)]
+        m = cross_head_accuracy({k:see(k, k) for k in models}, {k:_head_of(o) for k,o in models.items()},
+            labels)[list(models)]
         return (m+m.to_numpy().T)/2
     if measure.startswith('cka'):
-        return cka_matrix({k:see(k, reads) for k in models}, 'biased' if measure=='cka_biased' else 'debiased')
+        return cka_matrix({k:see(k, reads) for k in models},
+            'biased' if measure=='cka_biased' else 'debiased')
     p = measure_products(base, models, signs=measure=='sign', cache=cache)
     if measure!='layers': return task_vector_cosine(p) if measure=='tv' else sign_agreement(p)
     layers = [c for b,c in layer_cosine(p).items() if b.startswith('layer')]
     return sum(layers)/len(layers)
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #7f657386
 def _head_of(folder): return classifier_head(load_classifier(folder)[0])
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #9e0da98c
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #053e42b4
 def off_diagonal(
     matrix:pd.DataFrame, # Names × names
 )->dict: # mean, std, min, max and number of pairs
@@ -152,12 +175,14 @@ def off_diagonal(
     v = matrix.to_numpy()[np.triu_indices(len(matrix), 1)]
     v = v[~np.isnan(v)]
     if not len(v): return dict(pairs=0)
-    return dict(pairs=len(v), mean=float(v.mean()), std=float(v.std()), min=float(v.min()), max=float(v.max()))
+    return dict(pairs=len(v), mean=float(v.mean()), std=float(v.std()), min=float(v.min()),
+        max=float(v.max()))
 
 def _write(out, metric, matrix):
     with output_file(Path(out)/matrix_files[metric]) as f: matrix.to_csv(f, index_label='model')
     return matrix
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #9e0da98c
 def _cka(models, texts, cache, o, progress):
     from tqdm.auto import tqdm
     x,read = {},0
@@ -169,10 +194,10 @@ def _cka(models, texts, cache, o, progress):
 # %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #305a197e
 def compute_compatibility_matrix(
     models_dir:str, # Folder with one model folder per locale, the locale in its name
-    pretrained:str, # Model that they were fine-tuned from: 'mini', a folder, or a name on the hub
+    pretrained:str, # Model that they were fine-tuned from: 'mini', 'e5', a folder, or a name on the hub
     metric:str='both', # 'task_vector_cosine', 'cka' or 'both'
     output_dir:str='nxn_results/compatibility_matrix', # Folder to write the matrices and the log to
-    locales:str='', # Locales to compare, comma separated; '': those found. One without a model is a row of NaN
+    locales:str='', # Locales to compare, comma separated; '': those found. Without a model, a row is NaN
     seed:str='', # Of several models of a locale, those fine-tuned with this seed; '': there is one model each
     embeddings:str='all', # Task vectors with the embeddings ('all') or with 'no_embeddings'
     off_base:bool=False, # First remove from each task vector its part along the pretrained model
@@ -188,52 +213,65 @@ def compute_compatibility_matrix(
     progress:bool=False, # Show bars
 )->dict: # Metric -> names × names; the log is under 'log'
     "Task-vector cosine and CKA between the models of a folder, as CSV files with a log"
-    options = {k:v for k,v in locals().items() if k not in ('models_dir','pretrained','output_dir','cache','progress')}
+    options = {k:v for k,v in locals().items()
+        if k not in ('models_dir','pretrained','output_dir','cache','progress')}
     metrics = _check(options)
     for o in [*(matrix_files[m] for m in metrics), 'computation_log.json']: check_file(Path(output_dir)/o)
     models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()], seed)
     texts,ids = shared_texts(dataset, text_locale, split, n) if 'cka' in metrics else ([],[])
-    base,cache = base_folder(pretrained),Path(cache or cache_dir('compatibility'))
-    out,log = {},dict(format=1, missing=[k for k,v in models.items() if v is None], ignored=other, options=options)
-    log |= dict(seconds={}, bytes_read={}, off_diagonal={}, texts=dict(n=len(texts), hash=config_hash([ids,texts])) if texts else None)
+    base = base_folder(pretrained)
+    cache = Path(cache or cache_dir('compatibility'))
+    out = {}
+    log = dict(format=1, missing=[k for k,v in models.items() if v is None], ignored=other, options=options)
+    log |= dict(seconds={}, bytes_read={}, off_diagonal={},
+        texts=dict(n=len(texts), hash=config_hash([ids,texts])) if texts else None)
     for m in metrics:
         start = time.monotonic()
         if m=='cka': c,read = _cka(models, texts, cache, options, progress)
         else:
             p = measure_products(base, models, cache=cache, progress=progress)
-            c,read = task_vector_cosine(p, embeddings=embeddings, off_base=off_base),p.bytes_read
+            c = task_vector_cosine(p, embeddings=embeddings, off_base=off_base)
+            read = p.bytes_read
         out[m] = _write(output_dir, m, c)
-        for k,v in (('seconds', round(time.monotonic()-start, 3)), ('bytes_read', read), ('off_diagonal', off_diagonal(c))): log[k][m] = v
+        for k,v in (('seconds', round(time.monotonic()-start, 3)), ('bytes_read', read),
+                ('off_diagonal', off_diagonal(c))):
+            log[k][m] = v
     out['log'] = _write_log(output_dir, log, models, base, cache)
     return out
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #aa3024e8
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0065e0b2
 def _check(o):
     "The metrics asked for; raises before anything is read"
-    for k,allowed in dict(metric=(*matrix_files,'both'), embeddings=('all','no_embeddings'), pooling=('cls','mean'),
+    for k,allowed in dict(metric=(*matrix_files,'both'), embeddings=('all','no_embeddings'),
+        pooling=('cls','mean'),
             estimator=('debiased','biased')).items():
         if o[k] not in allowed: raise ValueError(f"{k} is one of {', '.join(allowed)}; got {o[k]!r}")
     return list(matrix_files) if o['metric']=='both' else [o['metric']]
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #aa3024e8
 def _write_log(out, log, models, base, cache):
     said = lambda p: p and dict(path=str(p), digest=kept_digest(open_checkpoint(p), cache)[0])
-    log |= dict(models={k:said(v) for k,v in models.items()}, pretrained=said(base), versions=dict(merginguriel=__version__,
+    log |= dict(models={k:said(v) for k,v in models.items()}, pretrained=said(base),
+        versions=dict(merginguriel=__version__,
         torch=torch.__version__, numpy=np.__version__, python=platform.python_version()))
     with output_file(Path(out)/'computation_log.json') as f: json.dump(log, f, indent=1, ensure_ascii=False)
     return log
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #b921898c
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #379ccf92
 def _parser():
     f = compute_compatibility_matrix
-    p = argparse.ArgumentParser(prog='python -m merginguriel.compute_compatibility_matrix', description=f.__doc__, allow_abbrev=False)
+    p = argparse.ArgumentParser(prog='python -m merginguriel.compute_compatibility_matrix',
+        description=f.__doc__, allow_abbrev=False)
     for k,o in docments(f, full=True).items():
         if k in ('return','progress'): continue
         need = o.default is inspect.Parameter.empty
         kind = dict(type=int if o.anno is int else str, required=need, default=None if need else o.default)
         if o.default is False: kind = dict(action='store_true')
-        p.add_argument(*dict.fromkeys([f"--{k.replace('_','-')}", f'--{k}']), dest=k, help=o.docment.replace('%', '%%'), **kind)
+        p.add_argument(*dict.fromkeys([f"--{k.replace('_','-')}", f'--{k}']), dest=k,
+            help=o.docment.replace('%', '%%'), **kind)
     return p
 
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #e837ffb7
 def main(
     argv=None, # Arguments; None: those of the process
 )->int: # Exit code: 0, 2 after an error, 130 after Ctrl-C
@@ -245,11 +283,15 @@ def main(
         return 130
     except (MerginGurielError, ValueError, KeyError, OSError) as e:
         if os.environ.get('MERGINGURIEL_TRACEBACK'): raise
-        print(f"compute_compatibility_matrix: {' '.join(str(e.args[0] if isinstance(e, KeyError) else e).split())}", file=sys.stderr)
+        print(f"compute_compatibility_matrix: "
+            f"{' '.join(str(e.args[0] if isinstance(e, KeyError) else e).split())}", file=sys.stderr)
         return 2
-    for k,s in r['log']['off_diagonal'].items(): print(f"{k}: {', '.join(f'{a} {b:.4g}' for a,b in s.items())}")
+    for k,s in r['log']['off_diagonal'].items():
+        print(f"{k}: {', '.join(f'{a} {b:.4g}' for a,b in s.items())}")
     if r['log']['missing']: print(f"missing, and NaN in the matrices: {', '.join(r['log']['missing'])}")
     print(f"written to {args['output_dir']}")
     return 0
 
-if __name__=='__main__' and globals().get('__spec__'): sys.exit(main()) # python -m; a notebook has no __spec__
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #b921898c
+if __name__=='__main__' and globals().get('__spec__'):
+    sys.exit(main()) # python -m; a notebook has no __spec__

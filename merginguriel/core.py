@@ -10,10 +10,11 @@ __all__ = ['MerginGurielError', 'CheckpointError', 'IncompatibleError', 'Missing
            'config_hash', 'file_digest', 'derive_seed', 'seed_everything', 'cache_dir']
 
 # %% ../nbs/0_ground/10_core.ipynb #a34c6caf
-"""What every other module stands on. A file appears whole or not at all (`atomic_write`); a configuration,
-a file or an array has one short name, its content hash (`config_hash`, `file_digest`); randomness comes from a seed that
-was passed in (`seed_everything`, `derive_seed`). Errors that a caller may want to tell apart have classes of their own,
-and each is also the built-in error it specialises, so `except ValueError` keeps working."""
+"""Every other module of the package stands on this one. It holds the classes of the package's errors, a way
+to write a file so that it appears whole or not at all (`atomic_write`), short names for configurations and
+files that depend on their content only (`config_hash`, `file_digest`), and random numbers that depend only on
+a seed that was passed in (`seed_everything`, `derive_seed`). Each error class is also the built-in error that
+it specialises, so `except ValueError` keeps working."""
 
 # %% ../nbs/0_ground/10_core.ipynb #a061a5f6
 import hashlib,json,math,os,random,re,shutil,sys,tempfile
@@ -23,10 +24,14 @@ from pathlib import Path
 
 # %% ../nbs/0_ground/10_core.ipynb #bca7e255
 class MerginGurielError(Exception): "Base class of the errors raised by merginguriel"
-class CheckpointError(MerginGurielError, ValueError): "A checkpoint is truncated, corrupt, or not in a format that is read"
-class IncompatibleError(MerginGurielError, ValueError): "Models, heads, labels or tokenizers do not belong together"
-class MissingDataError(MerginGurielError, FileNotFoundError): "A data set, model or result that was asked for is not there"
-class ContractError(MerginGurielError, PermissionError): "A run would touch target information that its mode forbids"
+class CheckpointError(MerginGurielError, ValueError):
+    "A checkpoint is truncated, corrupt, or not in a format that is read"
+class IncompatibleError(MerginGurielError, ValueError):
+    "Models, heads, labels or tokenizers do not belong together"
+class MissingDataError(MerginGurielError, FileNotFoundError):
+    "A data set, model or result that was asked for is not there"
+class ContractError(MerginGurielError, PermissionError):
+    "A run would touch target information that its mode forbids"
 class StoreError(MerginGurielError, RuntimeError): "The result store cannot be read or written safely"
 
 # %% ../nbs/0_ground/10_core.ipynb #2869e156
@@ -134,13 +139,15 @@ def model_folder(
 
 # %% ../nbs/0_ground/10_core.ipynb #d1d44894
 def _plain(o):
+    "`o` as strings, numbers, lists and dictionaries"
     if is_dataclass(o) and not isinstance(o, type): return _plain(asdict(o))
     if isinstance(o, dict): return {str(k): _plain(v) for k,v in o.items()}
     if isinstance(o, (set,frozenset)): return sorted(_plain(v) for v in o)
     if isinstance(o, (list,tuple)): return [_plain(v) for v in o]
     if isinstance(o, Path): return str(o)
     if hasattr(o, 'tolist') and not isinstance(o, (str,bytes)): return _plain(o.tolist())
-    if isinstance(o, float) and not math.isfinite(o): raise ValueError(f"a configuration holds finite numbers; got {o}")
+    if isinstance(o, float) and not math.isfinite(o):
+        raise ValueError(f"a configuration holds finite numbers; got {o}")
     if o is None or isinstance(o, (str,int,float,bool)): return o
     raise TypeError(f"a configuration holds strings, numbers, lists and dicts; got {type(o).__name__}: {o!r}")
 
@@ -149,7 +156,8 @@ def canonical_json(
     config, # Dict, list, dataclass or scalar; paths, tuples, sets and NumPy values are accepted
 )->str:
     "`config` as JSON that is the same for equal configurations, whatever the order of their keys"
-    return json.dumps(_plain(config), sort_keys=True, separators=(',',':'), ensure_ascii=False, allow_nan=False)
+    plain = _plain(config)
+    return json.dumps(plain, sort_keys=True, separators=(',',':'), ensure_ascii=False, allow_nan=False)
 
 # %% ../nbs/0_ground/10_core.ipynb #4258d203
 def config_hash(
@@ -172,7 +180,8 @@ def derive_seed(
     *names, # What the randomness is for, e.g. 'shuffle', 'sq-AL'
 )->int: # In [0, 2**32)
     "A seed that depends on `seed` and `names` only"
-    return int.from_bytes(hashlib.sha256(canonical_json([seed,*names]).encode()).digest()[:4], 'big')
+    digest = hashlib.sha256(canonical_json([seed,*names]).encode()).digest()
+    return int.from_bytes(digest[:4], 'big')
 
 # %% ../nbs/0_ground/10_core.ipynb #2052d67d
 def seed_everything(
@@ -190,7 +199,10 @@ def cache_dir(
     *parts:str, # Sub-folders, created when missing
 )->Path:
     "The folder for rebuilt data: `MERGINGURIEL_CACHE`, or `merginguriel` in the user's cache folder"
-    root = os.environ.get('MERGINGURIEL_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'merginguriel'
+    root = os.environ.get('MERGINGURIEL_CACHE')
+    if not root:
+        user = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
+        root = Path(user)/'merginguriel'
     p = Path(root).joinpath(*parts)
     p.mkdir(parents=True, exist_ok=True)
     return p

@@ -8,37 +8,54 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/ensemble.html.md"""
 __all__ = ['ways', 'vote_scores', 'vote', 'fit_temperature', 'stacked', 'ensemble']
 
 # %% ../nbs/4_models/45_ensemble.ipynb #835514f1
-"""A merge costs one model's forward pass, an ensemble costs one for each member; what the ensemble gains is therefore the
-reference for what a merge of the same models leaves behind. `vote` counts, averages probabilities, or averages logits, with a
-weight and a temperature for each model. Ties go to the class with the highest summed probability, then to the lowest id, so
-that the order of the models never matters. `ensemble` votes on kept `Predictions`, in milliseconds."""
+"""A merge costs one forward pass, and an ensemble costs one for each of its members. What the ensemble gains
+is therefore the reference for what a merge of the same models loses. `vote` counts the answers, averages
+probabilities, or averages logits, with a weight and a temperature for each model. Ties go to the class with
+the highest summed probability, then to the lowest id, so that the order of the models never matters.
+`ensemble` votes on kept `Predictions`, in milliseconds."""
 
 # %% ../nbs/4_models/45_ensemble.ipynb #d90b87c6
 import math
 import numpy as np
 import pandas as pd
 from .evaluate import *
-from .choose import _softmax
+from .choose import *
 
 # %% ../nbs/4_models/45_ensemble.ipynb #81e9626b
 ways = ['majority','weighted_majority','soft','weighted_logits']
 
 def _check(logits, weights, temperature, how):
     z = np.asarray(logits, dtype=np.float64)
-    if z.ndim!=3 or 0 in z.shape: raise ValueError(f"logits has the shape (models, items, classes), none of them 0; got {z.shape}")
-    if not np.isfinite(z).all(): raise ValueError("the logits hold NaN or Inf; predict again with the model that made them")
+    if z.ndim!=3 or 0 in z.shape:
+        raise ValueError(f"logits has the shape (models, items, classes), none of them 0; got {z.shape}")
+    if not np.isfinite(z).all():
+        raise ValueError("the logits hold NaN or Inf; predict again with the model that made them")
     if how not in ways: raise ValueError(f"how is one of {', '.join(ways)}; got {how!r}")
-    if how=='majority' and weights is not None: raise ValueError("majority takes no weights; choose 'weighted_majority'")
-    w = np.full(len(z), 1/len(z)) if weights is None else np.asarray(weights, dtype=np.float64)
-    t = np.ones(len(z)) if temperature is None else np.broadcast_to(np.asarray(temperature, dtype=np.float64), len(z))
-    if w.shape!=(len(z),) or not (np.isfinite(w).all() and (w>=0).all() and w.any()):
-        raise ValueError(f"weights has one value for each of the {len(z)} models, 0 or more and not all 0; got {weights}")
-    if not (np.isfinite(t).all() and (t>0).all()): raise ValueError(f"temperatures are above 0; got {temperature}")
-    return z/t[:,None,None],w/w.sum()
+    if how=='majority' and weights is not None:
+        raise ValueError("majority takes no weights; choose 'weighted_majority'")
+    return z/_temperatures(temperature, len(z))[:,None,None],_shares(weights, len(z))
 
+# %% ../nbs/4_models/45_ensemble.ipynb #9296adcd
+def _shares(weights, n):
+    "Weights of `n` models, which sum to 1"
+    w = np.full(n, 1/n) if weights is None else np.asarray(weights, dtype=np.float64)
+    if w.shape!=(n,) or not (np.isfinite(w).all() and (w>=0).all() and w.any()):
+        raise ValueError(f"weights has one value for each of the {n} models, 0 or more and not all 0; "
+            f"got {weights}")
+    return w/w.sum()
+
+def _temperatures(temperature, n):
+    "A temperature for each of `n` models"
+    if temperature is None: return np.ones(n)
+    t = np.broadcast_to(np.asarray(temperature, dtype=np.float64), n)
+    if not (np.isfinite(t).all() and (t>0).all()):
+        raise ValueError(f"temperatures are above 0; got {temperature}")
+    return t
+
+# %% ../nbs/4_models/45_ensemble.ipynb #6a56d4a8
 def _scores(z, w, how):
     if how=='weighted_logits': return np.tensordot(w, z, 1)
-    each = _softmax(z) if how=='soft' else np.eye(z.shape[-1])[z.argmax(-1)]
+    each = softmax(z) if how=='soft' else np.eye(z.shape[-1])[z.argmax(-1)]
     return np.tensordot(w, each, 1)
 
 # %% ../nbs/4_models/45_ensemble.ipynb #a8e0da26
@@ -73,8 +90,10 @@ def fit_temperature(
 )->float: # In [low, high]
     "The temperature with the smallest cross-entropy on labelled items (Guo et al., section 4.2)"
     from scipy.optimize import minimize_scalar
-    z,y = np.asarray(logits, dtype=np.float64),np.asarray(labels)
-    if z.ndim!=2 or len(z)!=len(y) or not len(z): raise ValueError(f"one label for each of the items; got {z.shape} and {y.shape}")
+    z = np.asarray(logits, dtype=np.float64)
+    y = np.asarray(labels)
+    if z.ndim!=2 or len(z)!=len(y) or not len(z):
+        raise ValueError(f"one label for each of the items; got {z.shape} and {y.shape}")
     def loss(t):
         s = z/math.exp(t)
         s = s-s.max(-1, keepdims=True)
@@ -89,9 +108,10 @@ def stacked(
     if not predictions: raise ValueError("an ensemble has at least one member")
     first,*rest = predictions.values()
     for k,p in predictions.items():
-        if list(p.names)!=list(first.names) or not np.array_equal(p.ids, first.ids) or not np.array_equal(p.labels, first.labels):
-            raise ValueError(f"the predictions of {k} are of other items or labels than those of {next(iter(predictions))}; "
-                "predict the same data set with all members")
+        same_items = np.array_equal(p.ids, first.ids) and np.array_equal(p.labels, first.labels)
+        if list(p.names)!=list(first.names) or not same_items:
+            raise ValueError(f"the predictions of {k} are of other items or labels than those of "
+                f"{next(iter(predictions))}; predict the same data set with all members")
     return np.stack([p.logits for p in predictions.values()]),first
 
 # %% ../nbs/4_models/45_ensemble.ipynb #5b506287
@@ -106,7 +126,9 @@ def ensemble(
     def each(given, what):
         if given is None: return None
         if set(given.keys())!=set(predictions):
-            raise ValueError(f"{what} are for {sorted(given.keys())}, the members are {sorted(predictions)}; give each member one")
+            raise ValueError(f"{what} are for {sorted(given.keys())}, the members are "
+                f"{sorted(predictions)}; give each member one")
         return [given[k] for k in predictions]
-    right = vote(z, each(weights, 'weights'), how, each(temperatures, 'temperatures'))==first.labels
+    voted = vote(z, each(weights, 'weights'), how, each(temperatures, 'temperatures'))
+    right = voted==first.labels
     return accuracy_of(pd.Series(right, index=pd.Index(first.ids, name='id')))

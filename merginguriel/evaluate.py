@@ -9,10 +9,11 @@ __all__ = ['Predictions', 'save_predictions', 'load_predictions', 'tokenize', 'p
            'accuracy', 'confusion', 'macro_f1', 'banked', 'nxn']
 
 # %% ../nbs/4_models/30_evaluate.ipynb #0f3f9188
-"""A prediction is expensive and everything after it is arithmetic, so predictions are kept whole: logits, true labels and
-item ids, under the digest of the model and the fingerprint of the data. `predict` makes them, `accuracy` reads an accuracy
-with its Wilson interval off them, `nxn` fills the matrix of every model on every locale, each model loaded once and each text
-tokenized once. Labels of model and data are matched by name. A prediction that failed is an error, never class 0."""
+"""To predict is expensive, and everything that comes after it is arithmetic. Predictions are therefore kept
+whole: logits, true labels and item ids, under the digest of the model and the fingerprint of the data.
+`predict` makes them, and `accuracy` gives the accuracy with Wilson's interval. `nxn` fills the matrix of
+every model on every locale; it loads each model once and tokenizes each text once. The labels of model and
+data are matched by name. A prediction that failed is an error and never counts as class 0."""
 
 # %% ../nbs/4_models/30_evaluate.ipynb #488b3b88
 import json,warnings
@@ -28,6 +29,7 @@ from .toy import *
 from .checkpoint import *
 from .base_model import *
 from .data import *
+from .classifier import *
 from .train import *
 
 # %% ../nbs/4_models/30_evaluate.ipynb #31b2bc9b
@@ -55,16 +57,19 @@ class Predictions:
 def save_predictions(
     p:Predictions, # What to keep
     path:str|Path, # File to write, ending in .parquet
-    kept:str='fp32', # Type of the logits there: 'fp32', or 'fp16' in half the space, with 11 significant bits, up to 65504
+    kept:str='fp32', # Type of the logits there: 'fp32', or 'fp16' (11 significant bits, up to 65504)
 )->None:
     "Write `p` to `path`"
     import pyarrow as pa, pyarrow.parquet as pq
     if kept not in _kept: raise ValueError(f"logits are kept as {' or '.join(_kept)}; got {kept!r}")
-    if kept=='fp16' and (top := np.abs(p.logits).max())>65504: raise ValueError(f"fp16 ends at 65504 and a logit is {top:.0f}; keep fp32")
+    if kept=='fp16' and (top := np.abs(p.logits).max())>65504:
+        raise ValueError(f"fp16 ends at 65504 and a logit is {top:.0f}; keep fp32")
     z = pa.FixedSizeListArray.from_arrays(pa.array(p.logits.astype(_kept[kept]).ravel()), len(p.names))
-    t = pa.table(dict(id=p.ids, label=p.labels, logits=z)).replace_schema_metadata(dict(names=json.dumps(list(p.names))))
+    t = pa.table(dict(id=p.ids, label=p.labels, logits=z))
+    t = t.replace_schema_metadata(dict(names=json.dumps(list(p.names))))
     with atomic_write(path, 'wb') as f: pq.write_table(t, f, compression='zstd', use_dictionary=['label'])
 
+# %% ../nbs/4_models/30_evaluate.ipynb #b1254ada
 _kept = dict(fp32=np.float32, fp16=np.float16)
 
 def load_predictions(
@@ -74,19 +79,23 @@ def load_predictions(
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         t = pq.ParquetFile(path).read(use_threads=False)
-        z,names = t['logits'].combine_chunks().flatten().to_numpy(zero_copy_only=False),json.loads(t.schema.metadata[b'names'])
-        return Predictions(z.astype(np.float32).reshape(-1, len(names)), t['label'].to_numpy(), t['id'].to_numpy(), names)
+        z = t['logits'].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        names = json.loads(t.schema.metadata[b'names'])
+        return Predictions(z.astype(np.float32).reshape(-1, len(names)), t['label'].to_numpy(),
+            t['id'].to_numpy(), names)
     except (pa.ArrowException, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{path} does not hold predictions ({e}); remove it and predict again") from e
 
 # %% ../nbs/4_models/30_evaluate.ipynb #2afd567f
-_tokenized,_digests = {},WeakKeyDictionary()
+_tokenized = {}
+_digests = WeakKeyDictionary()
 
 def _tokenizer_digest(t):
-    "Content of a tokenizer; writing it out takes long for a large vocabulary, so it is remembered until words are added"
+    "Hash of the content of a tokenizer; it takes long to make, so it is remembered until words are added"
     if _digests.get(t, (None,))[0]!=len(t): _digests[t] = len(t),config_hash(t.backend_tokenizer.to_str())
     return _digests[t][1]
 
+# %% ../nbs/4_models/30_evaluate.ipynb #e15b1178
 def tokenize(
     dataset, # Texts in the column `text`
     tokenizer, # A fast tokenizer of transformers
@@ -96,7 +105,8 @@ def tokenize(
     key = (dataset._fingerprint, _tokenizer_digest(tokenizer), max_length)
     if key not in _tokenized:
         if len(_tokenized)>=128: _tokenized.pop(next(iter(_tokenized)))
-        _tokenized[key] = tokenizer(list(dataset['text']), truncation=True, max_length=max_length)['input_ids']
+        batch = tokenizer(list(dataset['text']), truncation=True, max_length=max_length)
+        _tokenized[key] = batch['input_ids']
     return _tokenized[key]
 
 # %% ../nbs/4_models/30_evaluate.ipynb #385661b9
@@ -104,15 +114,19 @@ def _column_order(model, names):
     ids = model.config.id2label
     return list(label_permutation([ids[i] for i in range(len(ids))], names))
 
+# %% ../nbs/4_models/30_evaluate.ipynb #4b92576e
 def _as_model(model, tokenizer):
     if isinstance(model, (str,Path)): return load_classifier(resolve_model(model))
-    if tokenizer is None: raise ValueError("a model in memory needs its tokenizer; pass tokenizer=, or give the path of a folder")
+    if tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer; pass tokenizer=, "
+            "or give the path of a folder")
     return model,tokenizer
 
 # %% ../nbs/4_models/30_evaluate.ipynb #50a23c4d
 def predict(
     model, # Model folder, or a classifier of transformers in memory
     dataset, # Texts with labels and ids, as `load_intents` returns them
+    *,
     batch_size:int=128, # Texts run at once
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     dtype:str='fp32', # 'fp32', or 'bf16' on CUDA
@@ -120,11 +134,13 @@ def predict(
     max_length:int|None=None, # Tokens kept of a text; None: as in fine-tuning
 )->Predictions: # Logits in the order of the data and of its label names
     "Run `model` on every text of `dataset`"
-    names,device = label_names(dataset),pick_device(device, dtype)
+    names = label_names(dataset)
+    device = pick_device(device, dtype)
     if not len(dataset): raise ValueError("the data set is empty; there is nothing to predict")
     m,tok = _as_model(model, tokenizer)
     order = _column_order(m, names)
-    z = logits(m.to(device), tokenize(dataset, tok, text_limit(m, max_length)), tok.pad_token_id, batch_size, device, dtype=='bf16')
+    ids = tokenize(dataset, tok, text_limit(m, max_length))
+    z = logits(m.to(device), ids, tok.pad_token_id, batch_size=batch_size, device=device, amp=dtype=='bf16')
     return Predictions(z[:,order], np.array(dataset['label']), np.array(dataset['id']), names)
 
 # %% ../nbs/4_models/30_evaluate.ipynb #d30e17c9
@@ -141,8 +157,10 @@ class Accuracy:
         **where, # name, locale, split
     )->dict: # A score as the store records it
         "This accuracy as a row"
-        return where | dict(metric='accuracy', value=self.value, n=self.n, low=self.low, high=self.high, correct=self.correct)
+        return where | dict(metric='accuracy', value=self.value, n=self.n, low=self.low, high=self.high,
+            correct=self.correct)
 
+# %% ../nbs/4_models/30_evaluate.ipynb #6bbf9eb3
 def wilson(
     right:int, # Items that are right
     n:int, # Items, at least 1
@@ -153,12 +171,14 @@ def wilson(
     ci = binomtest(int(right), int(n)).proportion_ci(level, 'wilson')
     return float(ci.low),float(ci.high)
 
+# %% ../nbs/4_models/30_evaluate.ipynb #7429ba00
 def accuracy_of(
     correct:pd.Series, # True where right, indexed by item id
 )->Accuracy: # Value, interval, and correctness of each item
     "The accuracy that `correct` amounts to, with its 95 % interval"
     return Accuracy(float(correct.mean()), *wilson(correct.sum(), len(correct)), len(correct), correct)
 
+# %% ../nbs/4_models/30_evaluate.ipynb #a8bd597f
 def accuracy(
     p:Predictions, # Predictions of one model for one test set
 )->Accuracy: # Value, interval, and correctness of each item
@@ -188,28 +208,40 @@ def banked(
     model, # Model folder, or a name on the hub
     datasets:dict, # Name -> data set
     bank:str|Path|None=None, # Folder of kept predictions; None: nothing is kept
+    *,
     device:str|None=None, # As for `predict`
     dtype:str='fp32', # As for `predict`
     kept:str='fp32', # As for `save_predictions`; those kept as 'fp32' answer for 'fp16' too
     tick=lambda name: None, # Called with each name when it is done
 )->dict: # Name -> `Predictions`
     "Predictions of one model for several data sets; the model is loaded only if one of them is missing"
-    one,out = _reader(model, bank, device, dtype, kept),{}
+    one = _reader(model, bank, device, dtype, kept)
+    out = {}
     for k,d in datasets.items():
         out[k] = one(d)
         tick(k)
     return out
 
+# %% ../nbs/4_models/30_evaluate.ipynb #606190f5
+def _bank_files(bank, key, kept):
+    "Files that answer for `key`, the one to write last; predictions in full precision answer for both kinds"
+    if not bank: return []
+    endings = ['','-fp16'] if kept=='fp16' else ['']
+    return [Path(bank)/f'{key}{o}.parquet' for o in endings]
+
+# %% ../nbs/4_models/30_evaluate.ipynb #a2dc842f
 def _reader(model, bank, device, dtype, kept):
     "A function from a data set to the predictions of `model`: from the bank, or made and put there"
     folder = cache(lambda: resolve_model(model))
-    digest,loaded = cache(lambda: model_digest(folder())),cache(lambda: load_classifier(folder()))
+    digest = cache(lambda: model_digest(folder()))
+    loaded = cache(lambda: load_classifier(folder()))
     def one(d):
         key = config_hash(dict(model=digest(), data=d._fingerprint, labels=label_names(d), dtype=dtype))
-        files = [Path(bank)/f'{key}{o}.parquet' for o in ['']+['-fp16']*(kept=='fp16')] if bank else []
+        files = _bank_files(bank, key, kept)
         for f in files:
             if f.exists(): return load_predictions(f)
-        p = predict(loaded()[0], d, device=device, dtype=dtype, tokenizer=loaded()[1])
+        model,tok = loaded()
+        p = predict(model, d, device=device, dtype=dtype, tokenizer=tok)
         if not bank: return p
         save_predictions(p, files[-1], kept)
         return load_predictions(files[-1])
@@ -219,13 +251,14 @@ def _reader(model, bank, device, dtype, kept):
 def nxn(
     models:dict, # Training locale -> model folder
     datasets:dict, # Test locale -> data set, all of one split
-    bank:str|Path|None=None, # Folder of kept predictions, from which an interrupted matrix goes on; None: nothing is kept
+    bank:str|Path|None=None, # Folder of kept predictions, from which a matrix goes on; None: none is kept
+    *,
     split:str='dev', # Which split the data sets are: 'dev', or 'test' for baselines
     device:str|None=None, # As for `predict`
     progress:bool=False, # Show a bar of cells
     dtype:str='fp32', # As for `predict`
     kept:str='fp32', # As for `save_predictions`
-    keep_going:bool=False, # Go on after a cell that fails: it is NaN, and `attrs['failed']` and a warning say why
+    keep_going:bool=False, # Go on after a cell that fails; it is NaN, and `attrs['failed']` says why
     tick=lambda source, target, accuracy: None, # Called with the `Accuracy` of each cell when it is done
 )->pd.DataFrame: # Accuracy in [0, 1], (source × target)
     "The accuracy of every model on every locale"
@@ -244,6 +277,8 @@ def nxn(
                     m.loc[s,t] = a.value
                     tick(s, t, a)
                 bar.update()
-    if failed: warnings.warn(f"{len(failed)} of {m.size} cells have no accuracy; {next(iter(failed))}: {next(iter(failed.values()))}")
+    if failed:
+        warnings.warn(f"{len(failed)} of {m.size} cells have no accuracy; {next(iter(failed))}: "
+            f"{next(iter(failed.values()))}")
     m.attrs = dict(split=split, failed=failed)
     return m

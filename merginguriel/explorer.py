@@ -28,11 +28,10 @@ from .core import *
 from .merge import *
 from .data import *
 from .evaluate import *
+from .choose import *
 from .significance import *
 from .trials import *
-from .choose import _entropy,_probabilities
 from .experiment import *
-from .experiment import _scaled
 
 # %% ../nbs/6_studies/55_explorer.ipynb #439b02a0
 def on_simplex(
@@ -104,9 +103,9 @@ def at(self:Surface,
 )->Point: # From the bank if it was tried before
     "Merge with `weights` now, in memory, and ask the texts"
     w = on_simplex(self.names, weights)
-    return _point(w, self.trials.predictions(self.method, _scaled(self.method, w), **self.options))
+    return _point(w, self.trials.predictions(self.method, source_coefficients(self.method, w), **self.options))
 
-def _point(w, p): return Point(w, accuracy(p), float(_entropy(_probabilities(p)).mean()))
+def _point(w, p): return Point(w, accuracy(p), float(entropies(probabilities(p)).mean()))
 
 _steps = {2:20, 3:12, 4:6, 5:5} # Number of sources -> steps; 21, 91, 84 and 126 points
 

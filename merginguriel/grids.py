@@ -8,9 +8,10 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/grids.html.md"""
 __all__ = ['unknown_name', 'read_grid', 'grid_settings', 'job', 'find_job']
 
 # %% ../nbs/5_runs/45_grids.ipynb #f25c1e34
-"""A grid is YAML, or a dictionary: it names a template or a job, and gives parameters. `grid_settings` lays out its runs, which are all
-combinations of the values. A job is a function that a grid may call because it is marked with `job`. A name that nobody knows, or
-one that is there twice, is an error: a study with another parameter than was meant is worse than none."""
+"""A grid is YAML, or a dictionary: it names a template or a job, and gives parameters. `grid_settings` lays
+out its runs, which are all combinations of the values. A job is a function that a grid may call because it
+is marked with `job`. A name that nobody knows, or one that is there twice, is an error: a study with
+another parameter than was meant is worse than none."""
 
 # %% ../nbs/5_runs/45_grids.ipynb #c3b2da76
 import difflib,itertools
@@ -19,7 +20,7 @@ from pathlib import Path
 import yaml
 from .core import *
 
-# %% ../nbs/5_runs/45_grids.ipynb #2b771eec
+# %% ../nbs/5_runs/45_grids.ipynb #f729cd1d
 def unknown_name(
     name, # What was given
     known, # What there is
@@ -31,11 +32,13 @@ def unknown_name(
     hint = f' did you mean {near[0]!r}?' if near else ''
     return ValueError(f"unknown {kind} {name!r};{hint} {owner} has {', '.join(known)}")
 
+# %% ../nbs/5_runs/45_grids.ipynb #0f85fa30
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         keys = [k.value for k,_ in node.value]
         if twice := [k for k in keys if keys.count(k)>1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is there twice",
+                node.start_mark)
         return super().construct_mapping(node, deep)
 
 def _table(o, known, where):
@@ -44,6 +47,7 @@ def _table(o, known, where):
         if k not in known: raise unknown_name(k, known, 'name', where)
     return o
 
+# %% ../nbs/5_runs/45_grids.ipynb #2b771eec
 def read_grid(
     grid:str|Path|dict, # A YAML file, or what is in one
 )->dict:
@@ -55,13 +59,15 @@ def read_grid(
     if ('template' in grid)==('job' in grid): raise ValueError("a grid names either a template or a job")
     return grid
 
-# %% ../nbs/5_runs/45_grids.ipynb #4c03e37d
+# %% ../nbs/5_runs/45_grids.ipynb #7c64de5e
 def _values(o): return o if isinstance(o, list) else [o]
 
 def _product(d):
-    if empty := [k for k,v in d.items() if v==[]]: raise ValueError(f"{empty[0]} has no value; leave it out, or give one")
+    if empty := [k for k,v in d.items() if v==[]]:
+        raise ValueError(f"{empty[0]} has no value; leave it out, or give one")
     return [dict(zip(d, o)) for o in itertools.product(*map(_values, d.values()))]
 
+# %% ../nbs/5_runs/45_grids.ipynb #4c03e37d
 def grid_settings(
     grid:dict, # From `read_grid`
     known:dict, # Name of a parameter -> (type name, default, comment)
@@ -70,31 +76,37 @@ def grid_settings(
     base = dict(_table(grid.get('parameters') or {}, known, 'parameters'))
     if 'seeds' in grid:
         name = 'seed' if 'seed' in known else 'seeds'
-        if name in base: raise ValueError(f"the grid has seeds, and {name} among its parameters; leave one out")
-        base |= _table({name:[o if name=='seed' else str(o) for o in _values(grid['seeds'])]}, known, 'parameters')
+        if name in base:
+            raise ValueError(f"the grid has seeds, and {name} among its parameters; leave one out")
+        base |= _table({name:[o if name=='seed' else str(o) for o in _values(grid['seeds'])]}, known,
+            'parameters')
     runs = _product(base)
     for e in grid.get('exclude') or []:
         _table(e, known, 'exclude')
         left = [r for r in runs if not all(r.get(k, known[k][1]) in _values(v) for k,v in e.items())]
-        if len(left)==len(runs): raise ValueError(f"exclude {e} leaves out nothing; correct it, or take it away")
+        if len(left)==len(runs):
+            raise ValueError(f"exclude {e} leaves out nothing; correct it, or take it away")
         runs = left
     one = {k:v for k,v in base.items() if not isinstance(v, list)}
     return runs+[o for i in grid.get('include') or [] for o in _product(one|_table(i, known, 'include'))]
 
-# %% ../nbs/5_runs/45_grids.ipynb #6fc9a560
+# %% ../nbs/5_runs/45_grids.ipynb #cf372d18
 def job(
     f, # Function; from `out` and `store`, where it has them, it gets the folder and the store of its run
 ): # `f`
-    "Let a grid call `f`; it returns one dictionary for each score, as `Store.record` takes them, or records into `store`"
+    "Let a grid call `f`, which returns a dictionary for each score, or records into `store` itself"
     f.is_job = True
     return f
 
+# %% ../nbs/5_runs/45_grids.ipynb #6fc9a560
 def find_job(
     name:str, # As 'module:function'
 ): # The function
     "The job called `name`"
     module,_,f = name.partition(':')
     try: found = getattr(import_module(module), f, None)
-    except (ImportError,ValueError) as e: raise ValueError(f"the job {name!r} cannot be imported ({e}); name it as module:function") from e
-    if not getattr(found, 'is_job', False): raise ValueError(f"{name!r} is no job; name a function marked with @job, as module:function")
+    except (ImportError,ValueError) as e:
+        raise ValueError(f"the job {name!r} cannot be imported ({e}); name it as module:function") from e
+    if not getattr(found, 'is_job', False):
+        raise ValueError(f"{name!r} is no job; name a function marked with @job, as module:function")
     return found

@@ -9,10 +9,11 @@ __all__ = ['head_policies', 'align_labels', 'head_reader', 'head_cosine', 'check
            'open_base', 'some_tensors', 'split_head', 'check_one_head', 'base_view']
 
 # %% ../nbs/1_tensors/40_head.ipynb #cd76fadc
-"""A head is not a task vector: its base is drawn at random. Merged, it is a convex mean of the sources' heads, that of the
-heaviest source, or the base's, and that is settled before a value is merged. Two things can be wrong. The same labels may
-stand in another order: `align_labels` finds the order by name. The heads may have grown from different initialisations, so
-that their mean is no head: `check_heads` refuses it. And the base may have no head at all, as `xlm-roberta-base` has
+"""A classifier head is no task vector, because what it started from was drawn at random. In a merge it is a
+convex mean of the sources' heads, the head of the heaviest source, or that of the base, and this is settled
+before a value is merged. Three things can be wrong. The same labels may stand in another order:
+`align_labels` finds the order by name. The heads may have grown from different initialisations, so that their
+mean is no head: `check_heads` refuses it. And the base may have no head at all, as `xlm-roberta-base` has
 none: `open_base` finds the encoder in it, and says what becomes of the head."""
 
 # %% ../nbs/1_tensors/40_head.ipynb #023fa9cb
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from .core import *
 from .card import *
+from .tensor_files import *
 from .checkpoint import *
 from .base_model import *
 from .task_vector import *
@@ -28,7 +30,7 @@ from .task_vector import *
 # %% ../nbs/1_tensors/40_head.ipynb #3e977afc
 head_policies = ('average','best','base') # Mean of the sources' heads, the heaviest source's, the base's
 
-# %% ../nbs/1_tensors/40_head.ipynb #ce35a5fc
+# %% ../nbs/1_tensors/40_head.ipynb #4f0b09ca
 def align_labels(
     models:dict, # Name -> model; labels are known of those that are folders
     first:str, # The model whose order counts
@@ -38,148 +40,202 @@ def align_labels(
     "The row order that brings each head to the labels of `first`"
     labels = {k:model_labels(f) for k,v in models.items() if (f := model_folder(v))}
     if first not in labels or not head_keys(keys): return None,{},[]
-    ref,order,warnings = labels[first],{},[]
+    ref = labels[first]
     if all(o==ref for o in labels.values()):
-        return ref,order,["the labels are placeholders (LABEL_0, …), taken to be in one order"]*generic_labels(ref)
-    for k,o in labels.items():
-        p = label_permutation(o, ref, allow_generic)
-        if list(p)!=list(range(len(ref))): order[k] = list(p)
-    if order: warnings = [f"the labels of {', '.join(order)} are in another order than those of {first}; their heads were "
-        "aligned by name"]
-    return ref,order,warnings
+        say = ["the labels are placeholders (LABEL_0, …), taken to be in one order"]
+        return ref,{},say if generic_labels(ref) else []
+    order = {k:list(label_permutation(o, ref, allow_generic)) for k,o in labels.items()}
+    order = {k:p for k,p in order.items() if p!=list(range(len(ref)))}
+    if not order: return ref,{},[]
+    return ref,order,[f"the labels of {', '.join(order)} are in another order than those of {first}; their "
+        "heads were aligned by name"]
 
+# %% ../nbs/1_tensors/40_head.ipynb #ce35a5fc
 def head_reader(
     models:dict, # Name -> open `Checkpoint`
     order:dict, # From `align_labels`
 ): # Function (model name, tensor name) -> values
     "Read head tensors with their labels aligned"
-    out = set(output_keys(next(iter(models.values())).keys())) if order else set()
-    return lambda name,k: models[name].read(k)[order[name]] if name in order and k in out else models[name].read(k)
+    first = next(iter(models.values()))
+    out = set(output_keys(first.keys())) if order else set()
+    def _read(name, k):
+        values = models[name].read(k)
+        return values[order[name]] if name in order and k in out else values
+    return _read
 
-# %% ../nbs/1_tensors/40_head.ipynb #ee5be8f2
+# %% ../nbs/1_tensors/40_head.ipynb #8b067c84
+def _head_products(names, keys, read):
+    "Inner products of the heads' matrices, (models, models), float64"
+    g = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for k in keys:
+        if read(names[0], k).dim()<2: continue
+        v = [read(n, k).flatten().split(1<<14) for n in names]
+        for x in zip(*v): # Few values of many heads at once
+            x = torch.stack(x).double()
+            g += x@x.T
+    return g
+
+# %% ../nbs/1_tensors/40_head.ipynb #c178761e
 def head_cosine(
     names:list, # Names of models
     keys, # Names of the head's tensors
     read, # From `head_reader`
 )->tuple: # (cosine, name, name)
     "The least cosine between two heads, and which"
-    g = torch.zeros(len(names), len(names), dtype=torch.float64)
-    for k in keys:
-        v = [read(n, k).flatten() for n in names] if read(names[0], k).dim()>1 else []
-        for x in zip(*(o.split(1<<14) for o in v)): # Few values of many heads at once
-            x = torch.stack(x).double()
-            g += x@x.T
+    g = _head_products(names, keys, read)
     if not g.any(): g += 1 # The head has no matrix
     r = g.diagonal().sqrt()
     cos = (g/r/r[:,None]).fill_diagonal_(2.)
-    i = int(cos.argmin())
-    return float(cos.min()),names[i//len(names)],names[i%len(names)]
+    i,j = divmod(int(cos.argmin()), len(names))
+    return float(cos.min()),names[i],names[j]
 
+# %% ../nbs/1_tensors/40_head.ipynb #ee5be8f2
 def check_heads(
     weights, # Series name -> weight
     keys, # Names of the head's tensors
     read, # From `head_reader`
     policy:str='average', # One of `head_policies`
+    *,
     allow_mixed:bool=False, # Average heads of different initialisations all the same
     threshold:float=.5, # Cosine below which two heads do not belong together
 )->tuple: # (warnings, least cosine or None)
     "Raise where the mean of the heads would be no head"
     if not keys: return ["the sources have no classifier head"],None
-    if policy=='average' and (weights<0).any(): raise ValueError("the mean of the heads needs weights of 0 or more; "
-        f"got {weights.min()} for {weights.idxmin()}. Choose head='best' or head='base'")
+    if policy=='average' and (weights<0).any():
+        raise ValueError(f"the mean of the heads needs weights of 0 or more; got {weights.min()} for "
+            f"{weights.idxmin()}. Choose head='best' or head='base'")
     if len(weights)<2: return [],None
     low,a,b = head_cosine(list(weights.index), keys, read)
     if low>=threshold: return [],low
-    say = (f"the heads of {a} and {b} have cosine {low:.3f}, below {threshold}: they were trained from different "
-        f"initialisations, and the mean of {len(weights)} such heads is not a head")
+    say = (f"the heads of {a} and {b} have cosine {low:.3f}, below {threshold}: they were trained from "
+        f"different initialisations, and the mean of {len(weights)} such heads is not a head")
     if policy!='average': return [f"{say}; head={policy!r} was used"],low
-    if not allow_mixed: raise IncompatibleError(f"{say}. Fine-tune all sources from one shared head, choose head='best' (the "
-        "head of the heaviest source) or head='base', or pass allow_mixed_heads=True to average them nevertheless")
-    return [f"{say}; they were averaged because allow_mixed_heads=True"],low
+    if allow_mixed: return [f"{say}; they were averaged because allow_mixed_heads=True"],low
+    raise IncompatibleError(f"{say}. Fine-tune all sources from one shared head, choose head='best' (the "
+        "head of the heaviest source) or head='base', or pass allow_mixed_heads=True to average them "
+        "nevertheless")
 
-# %% ../nbs/1_tensors/40_head.ipynb #a5525a65
+# %% ../nbs/1_tensors/40_head.ipynb #bb27a670
 def _prefixes(key): return itertools.accumulate(key.split('.'), '{}.{}'.format) # 'a', 'a.b', …
 
+def _unused(extra, taken):
+    "The shortest prefixes of the tensors `extra` under which none of `taken` lies"
+    inside = {o for k in taken for o in _prefixes(k)}
+    parts = [next(o for o in _prefixes(k) if o not in inside) for k in extra]
+    return list(dict.fromkeys(parts))
+
+# %% ../nbs/1_tensors/40_head.ipynb #2fdba38c
+def _kind_in_words(kind):
+    "The class of a base, in words"
+    if kind.endswith('MaskedLM'): return 'a masked language model'
+    return f'of class {kind},' if kind else 'a model'
+
+# %% ../nbs/1_tensors/40_head.ipynb #a5525a65
 def base_without_head(
     kind:str, # Class of the base by its configuration; '': unknown
     lack:list, # Tensors of the sources that it lacks
     extra:list, # Its tensors that no source has
     taken, # Its tensors that were used
+    *,
     head:str, # Head policy: 'average' or 'best'
     first:str, # The heaviest source
 )->str:
     "What became of the tensors that the base lacks, in words"
-    what = 'a masked language model' if kind.endswith('MaskedLM') else f'of class {kind},' if kind else 'a model'
     heads = head_keys(lack)
-    none = listed(['a classifier']*bool(heads)+[k for k in lack if k not in heads])
-    how = 'the heads of the sources were averaged by weight' if head=='average' else f'the head of {first}, the heaviest source, was taken'
-    inside = {o for k in taken for o in _prefixes(k)}
-    parts = list(dict.fromkeys(next(o for o in _prefixes(k) if o not in inside) for k in extra))
-    part = f"; its {', '.join(parts)} ({len(extra)} tensor{'s'*(len(extra)>1)}) played no part" if extra else ''
-    return f"the base is {what} without {none}: {how}{part}"
+    missing = [k for k in lack if k not in heads]
+    if heads: missing = ['a classifier', *missing]
+    how = f'the head of {first}, the heaviest source, was taken'
+    if head=='average': how = 'the heads of the sources were averaged by weight'
+    say = f"the base is {_kind_in_words(kind)} without {listed(missing)}: {how}"
+    if not extra: return say
+    plural = 's' if len(extra)>1 else ''
+    return f"{say}; its {', '.join(_unused(extra, taken))} ({len(extra)} tensor{plural}) played no part"
 
-# %% ../nbs/1_tensors/40_head.ipynb #8461a922
+# %% ../nbs/1_tensors/40_head.ipynb #b695d690
 def model_kind(
     folder, # Model folder, or None
 )->str: # '' where it is not known
     "The class of a model by its configuration"
-    return (load_json(Path(folder)/'config.json').get('architectures') or [''])[0] if folder else ''
+    if not folder: return ''
+    return (load_json(Path(folder)/'config.json').get('architectures') or [''])[0]
 
+# %% ../nbs/1_tensors/40_head.ipynb #e12f3803
+def _in_base(ckpt, source, floats):
+    "Name in the source -> name in the base, for every tensor of `floats` that the base has"
+    head = set(head_keys(floats))
+    body = [k for k in floats if k not in head]
+    found = match_encoder(ckpt, {k:source.shape(k) for k in floats}) if body else {}
+    return found | {k:k for k in floats if k in head and k in ckpt}
+
+# %% ../nbs/1_tensors/40_head.ipynb #8461a922
 def open_base(
     base, # Pretrained model: folder, file, hub name, or dictionary of tensors
     first:str, # The heaviest source
     source, # Its open `Checkpoint`
     floats:list, # Names of its floating-point tensors
+    *,
     head:str, # Head policy
-)->tuple: # (the file; its tensors under the names of the sources; names of encoder tensors that are not pretrained; warnings)
+)->tuple: # (file; its tensors under the sources' names; encoder tensors that are not pretrained; warnings)
     "Find in `base` what the sources were fine-tuned from"
     if isinstance(base, str) and not Path(base).exists(): base = resolve_model(base)
     ckpt = open_checkpoint(base)
-    body = [k for k in floats if k not in set(head_keys(floats))]
-    found = match_encoder(ckpt, {k:source.shape(k) for k in floats}) if body else {}
-    found |= {k:k for k in floats if k not in body and k in ckpt}
+    found = _in_base(ckpt, source, floats)
+    body = set(floats)-set(head_keys(floats))
     drawn = {k for k in body if k not in found}
     folder = model_folder(base)
-    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&set(body)
-    view = Checkpoint(ckpt.path, {k:ckpt._entry(o) for k,o in found.items()})
-    check_tensors({'the base':view, first:source}, keys=[k for k in body if k not in drawn])
-    extra,lack = sorted(set(ckpt)-set(found.values())-set(source)),[k for k in floats if k not in found]
-    say = [f"{len(extra)} tensors of the base are in no source and play no part, e.g. {''.join(extra[:1])}"]*bool(extra)
-    if lack and head!='base' and (extra or drawn): say = [base_without_head(model_kind(folder), lack, extra, found.values(), head, first)]
+    if folder and (folder/'base_record.json').is_file(): drawn |= set(base_info(folder)['initialised'])&body
+    view = Checkpoint(ckpt.path, {k:ckpt.entry(o) for k,o in found.items()})
+    check_tensors({'the base':view, first:source}, keys=[k for k in floats if k in body-drawn])
+    extra = sorted(set(ckpt)-set(found.values())-set(source))
+    lack = [k for k in floats if k not in found]
+    say = []
+    if extra:
+        say = [f"{len(extra)} tensors of the base are in no source and play no part, e.g. {extra[0]}"]
+    if lack and head!='base' and (extra or drawn):
+        say = [base_without_head(model_kind(folder), lack, extra, found.values(), head=head, first=first)]
     return ckpt,view,drawn,say
 
-# %% ../nbs/1_tensors/40_head.ipynb #0f945e6f
+# %% ../nbs/1_tensors/40_head.ipynb #b0250699
 def some_tensors(
     checkpoint:Checkpoint, # An open checkpoint
     keys, # Names of some of its tensors
 )->Checkpoint:
     "`checkpoint` with these tensors only; nothing is read"
-    return Checkpoint(checkpoint.path, {k:checkpoint._entry(k) for k in keys})
+    return Checkpoint(checkpoint.path, {k:checkpoint.entry(k) for k in keys})
 
+# %% ../nbs/1_tensors/40_head.ipynb #b2a7d02f
 def split_head(
     model, # Folder, file or dictionary of tensors
     own:bool, # Whether its classifier stays with its task
     labels=None, # Order of the labels of a shared classifier; None: as it is
-)->tuple: # The open checkpoint, its rows in the order of `labels`, and None; or without the classifier, and that
+)->tuple: # The open checkpoint, rows in the order of `labels`, and None; or without its classifier, and that
     "Open `model`, and take its classifier off if it is its `own`"
     c = open_checkpoint(model)
-    if own and not (hs := head_keys(c)): raise IncompatibleError(f"{c.path or 'a model in memory'} has no classifier of its own")
-    if own: return some_tensors(c, [k for k in c if k not in hs]),some_tensors(c, hs)
+    if own:
+        hs = head_keys(c)
+        if not hs: raise IncompatibleError(f"{c.path or 'a model in memory'} has no classifier of its own")
+        return some_tensors(c, [k for k in c if k not in hs]),some_tensors(c, hs)
     folder = model_folder(model)
-    if not labels or folder is None or (named := model_labels(folder))==list(labels): return c,None
+    if not labels or folder is None: return c,None
+    named = model_labels(folder)
+    if named==list(labels): return c,None
     order = label_permutation(named, labels)
     turned = {k:Entry(c.dtype(k), c.shape(k), 0, c.read(k)[order]) for k in output_keys(c.keys())}
-    return Checkpoint(c.path, c._entries|turned),None
+    return Checkpoint(c.path, c.entries|turned),None
 
+# %% ../nbs/1_tensors/40_head.ipynb #0f945e6f
 def check_one_head(
     models:dict, # Name -> open checkpoint
     threshold:float=.5, # Cosine below which two classifiers do not belong together
 )->None:
     "Raise where the classifiers of `models` did not grow from one"
-    if len(models)<2 or not (keys := head_keys(next(iter(models.values())))): return
+    if len(models)<2: return
+    keys = head_keys(next(iter(models.values())))
+    if not keys: return
     low,a,b = head_cosine(list(models), keys, lambda name,k: models[name].read(k))
-    if low<threshold: raise IncompatibleError(f"the classifiers of {a} and {b} have cosine {low:.3f}: they were trained from different "
-        "initialisations and cannot be added. Keep one for each task with head='own'")
+    if low<threshold:
+        raise IncompatibleError(f"the classifiers of {a} and {b} have cosine {low:.3f}: they were trained "
+            "from different initialisations and cannot be added. Keep one for each task with head='own'")
 
 # %% ../nbs/1_tensors/40_head.ipynb #038767aa
 def base_view(
@@ -188,7 +244,8 @@ def base_view(
     spec:dict, # Name -> (dtype, shape) of that model's tensors
 )->tuple: # The open base; its floating-point tensors that `spec` has, under those names
     "The part of `base` that a model fine-tuned from it has"
-    like = Checkpoint(None, {k:Entry(dt, tuple(shape), 0, None) for k,(dt,shape) in spec.items() if dt.is_floating_point})
-    c,view,*_ = open_base(base, name, like, list(like), 'average')
+    learned = {k:(dt,shape) for k,(dt,shape) in spec.items() if dt.is_floating_point}
+    like = Checkpoint(None, {k:Entry(dt, tuple(shape), 0, None) for k,(dt,shape) in learned.items()})
+    c,view,*_ = open_base(base, name, like, list(like), head='average')
     check_tensors({'the base':view, name:like}, keys=list(view))
     return c,view

@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/home.html.md"""
 __all__ = ['home_labels', 'home_splits', 'home_info', 'home_templates', 'home_locales', 'home_deal', 'home_rows']
 
 # %% ../nbs/4_models/10_home.ipynb #e1f6c268
-"""MASSIVE has to be downloaded; this set comes with `pip install`. The wheel `home-assistant-intents` holds the sentence
-templates by which Home Assistant understands a spoken command, each language's written by its own speakers. `home_rows`
-expands them at random into labelled utterances. Unlike MASSIVE the locales are not parallel: nobody translated anything.
-Splits are made by template, so that a test sentence is phrased in a way which training has not shown."""
+"""A benchmark such as MASSIVE has to be downloaded; this data set comes with `pip install`. The package
+`home-assistant-intents` holds the sentence templates by which the voice assistant Home Assistant understands
+a command, and the templates of each language were written by its speakers. `home_rows` expands them at random
+into labelled utterances. Unlike the locales of MASSIVE these are not translations of one another. The splits
+are made by template, so that a test sentence is phrased in a way which training has not shown."""
 
 # %% ../nbs/4_models/10_home.ipynb #740cafe3
 import json,random,re
@@ -23,8 +24,9 @@ from .core import *
 from .locales import *
 
 # %% ../nbs/4_models/10_home.ipynb #e36d59ef
-home_labels = [f'Hass{o}' for o in
-    'CancelTimer ClimateGetTemperature LightSet MediaNext MediaPause MediaUnpause StartTimer TurnOff TurnOn'.split()]
+_commands = ('CancelTimer ClimateGetTemperature LightSet MediaNext MediaPause MediaUnpause '
+    'StartTimer TurnOff TurnOn')
+home_labels = [f'Hass{o}' for o in _commands.split()]
 home_splits = {'train':600, 'dev':150, 'test':300} # utterances at most, shared evenly by the intents
 
 @cache
@@ -33,23 +35,27 @@ def _grammar(locale):
     from home_assistant_intents import get_intents
     return get_intents({'zh-TW':'zh-TW','zh-CN':'zh-CN'}.get(locale, locale[:2]))
 
+# %% ../nbs/4_models/10_home.ipynb #ddacc28b
 def home_templates(
     locale:str, # Locale as MASSIVE writes it
     label:str, # Name of an intent, e.g. 'HassTurnOn'
-)->list[str]: # Without repetitions, in the order of the wheel; empty where the language or the intent is missing
+)->list[str]: # Without repetitions, in the package's order; empty without the language or the intent
     "The sentence templates for `label` in the language of `locale`"
-    blocks = ((_grammar(check_locale(locale)) or {}).get('intents',{}).get(label) or {}).get('data',[])
+    intents = (_grammar(check_locale(locale)) or {}).get('intents',{})
+    blocks = (intents.get(label) or {}).get('data',[])
     return list(dict.fromkeys(s.strip() for b in blocks for s in b['sentences'] if 'timer_command' not in s))
 
 # %% ../nbs/4_models/10_home.ipynb #a7b7d941
 @cache
-def _home_locales(labels): return [o for o in study_locales if all(len(home_templates(o,l))>=3 for l in labels)]
+def _home_locales(labels):
+    return [o for o in study_locales if all(len(home_templates(o,l))>=3 for l in labels)]
 
 def home_locales(
     labels=None, # Names of intents; None: `home_labels`
 )->list[str]: # Sorted
     "Locales of the study in which every one of `labels` has a template for each split"
-    return list(_home_locales(tuple(home_labels if labels is None else labels)))
+    if labels is None: labels = home_labels
+    return list(_home_locales(tuple(labels)))
 
 # %% ../nbs/4_models/10_home.ipynb #14e41244
 @cache
@@ -67,17 +73,21 @@ def _parse(text):
     from hassil import parse_sentence
     return parse_sentence(text).expression
 
+# %% ../nbs/4_models/10_home.ipynb #7ff47d39
 def _slot(name, locale, r):
     "A filling for slot `name`, and what stands for it in the frame"
-    lists,fill = _grammar(locale)['lists'].get(name,{}),_fillers(locale)
+    lists = _grammar(locale)['lists'].get(name,{})
+    fill = _fillers(locale)
     if 'values' in lists:
         v = r.choice(lists['values'])
-        return _walk(_parse(v['in'] if isinstance(v,dict) else v), locale, r)[0],f'{{{name}}}'
+        if isinstance(v,dict): v = v['in']
+        return _walk(_parse(v), locale, r)[0],f'{{{name}}}'
     if 'range' in lists:
         v = lists['range']
         return str(r.randrange(v['from'], v['to']+1, v.get('step',1))),'{number}'
     return r.choice(fill.get(name, fill['name'])),f'{{{name}}}'
 
+# %% ../nbs/4_models/10_home.ipynb #7a4174dd
 def _walk(e, locale, r):
     "One sentence of the tree `e` and its frame, with choices from the generator `r`"
     from hassil import expression as x
@@ -87,10 +97,12 @@ def _walk(e, locale, r):
     if isinstance(e, x.RuleReference):
         return _walk(_parse(_grammar(locale)['expansion_rules'][e.rule_name]), locale, r)
     items = r.sample(e.items, len(e.items)) if isinstance(e, x.Permutation) else e.items
-    return tuple(map(''.join, zip(*(_walk(o, locale, r) for o in items)))) if items else ('','')
+    pairs = [_walk(o, locale, r) for o in items]
+    return ''.join(text for text,_ in pairs),''.join(frame for _,frame in pairs)
 
 # %% ../nbs/4_models/10_home.ipynb #64fd84d9
-def _sentence(template, locale, r): return tuple(' '.join(o.split()) for o in _walk(_parse(template), locale, r))
+def _sentence(template, locale, r):
+    return tuple(' '.join(o.split()) for o in _walk(_parse(template), locale, r))
 
 # %% ../nbs/4_models/10_home.ipynb #b67e126f
 _deal = 'train test dev train train test train train test train'.split()
@@ -99,78 +111,114 @@ def _is_open(text, rules):
     "Whether `text`, or a rule it uses, has a slot"
     return '{' in text or any(_is_open(rules[o],rules) for o in re.findall('<(.+?)>',text))
 
+# %% ../nbs/4_models/10_home.ipynb #92bb2ce9
 def home_deal(
     locale:str, # Locale with at least three templates for the intent
     label:str, # Name of an intent
     seed:int=0, # Another seed is another split
 )->dict[str,list[str]]: # Split -> templates
     "Which templates of `label` make which split"
-    ts,rules = sorted(home_templates(locale,label)),_grammar(locale)['expansion_rules']
+    ts = sorted(home_templates(locale,label))
+    rules = _grammar(locale)['expansion_rules']
     random.Random(derive_seed(seed,'home',locale,label)).shuffle(ts)
     ts.sort(key=lambda t: not _is_open(t,rules))
     return {s:[t for i,t in enumerate(ts) if _deal[i%10]==s] for s in home_splits}
 
 # %% ../nbs/4_models/10_home.ipynb #f9aee8c0
+def _in_turn(rows):
+    "`rows` (text, frame), sorted by how many of the same frame stand before each"
+    seen = Counter()
+    turns = []
+    for _,frame in rows:
+        seen[frame] += 1
+        turns.append(seen[frame])
+    return [rows[i] for i in sorted(range(len(rows)), key=turns.__getitem__)]
+
+# %% ../nbs/4_models/10_home.ipynb #4cb0c100
 def _draws(locale, label, seed, sizes):
     "Random sentences as (split, template, text, frame), a frame's first sentence before its second"
     for split,ts in home_deal(locale,label,seed).items():
         share = sizes[split]//max(len(ts),1)
         for t in ts:
-            r,seen = random.Random(derive_seed(seed,'walk',locale,label,t)),Counter()
+            r = random.Random(derive_seed(seed,'walk',locale,label,t))
             rows = list(dict.fromkeys(_sentence(t,locale,r) for _ in range(10+3*share)))
-            turns = [(seen.update([f]),seen[f])[1] for _,f in rows]
-            yield from ((split,t,*rows[i]) for i in sorted(range(len(rows)), key=turns.__getitem__) if rows[i][0])
+            yield from ((split,t,text,frame) for text,frame in _in_turn(rows) if text)
 
+# %% ../nbs/4_models/10_home.ipynb #fa92d09b
+def _keys(row): return [o.casefold() for o in row[2:]] # text and frame
+
+def _apart(rows):
+    "`rows` of one intent, without what another split keeps"
+    frames = Counter(s for s,_ in {(s,f) for s,_,_,f in rows})
+    owner = {}
+    for row in sorted(rows, key=lambda o: (frames[o[0]], ['test','dev','train'].index(o[0]))):
+        for k in _keys(row): owner.setdefault(k, row[0])
+    return [row for row in rows if all(owner[k]==row[0] for k in _keys(row))]
+
+# %% ../nbs/4_models/10_home.ipynb #562a5c5c
 def _clear(draws):
     "`draws` (intent -> list) without what two intents share, nor what two splits of an intent share"
-    who,keys = defaultdict(set),lambda row: [o.casefold() for o in row[2:]]
+    who = defaultdict(set)
     for l,rows in draws.items():
         for row in rows:
-            for k in keys(row): who[k].add(l)
-    draws = {l:[row for row in rows if all(who[k]=={l} for k in keys(row))] for l,rows in draws.items()}
-    for l,rows in draws.items():
-        frames = Counter(s for s,_ in {(s,f) for s,_,_,f in rows})
-        owner = {}
-        for row in sorted(rows, key=lambda o: (frames[o[0]], ['test','dev','train'].index(o[0]))):
-            for k in keys(row): owner.setdefault(k, row[0])
-        draws[l] = [row for row in rows if all(owner[k]==row[0] for k in keys(row))]
-    return draws
+            for k in _keys(row): who[k].add(l)
+    return {l:_apart([row for row in rows if all(who[k]=={l} for k in _keys(row))])
+        for l,rows in draws.items()}
 
 # %% ../nbs/4_models/10_home.ipynb #e14f5fc1
 def _pick(rows, n):
     "Up to `n` of `rows` (template, text), one of each template in turn, as (text, template)"
-    by,texts = defaultdict(list),set()
+    by = defaultdict(list)
+    texts = set()
     for t,text in rows:
         if text.casefold() not in texts: by[t].append((text,t))
         texts.add(text.casefold())
     return [o for turn in zip_longest(*by.values()) for o in turn if o][:n]
 
+# %% ../nbs/4_models/10_home.ipynb #3f2323ee
 def _build(locale, seed, labels):
     "Split -> rows of `locale`"
-    sizes,out = {s:n//len(labels) for s,n in home_splits.items()},{}
+    sizes = {s:n//len(labels) for s,n in home_splits.items()}
+    out = {}
     draws = _clear({l:list(_draws(locale,l,seed,sizes)) for l in labels})
     for s,n in sizes.items():
         rows = []
         for l in labels:
             picked = _pick([(t,text) for split,t,text,_ in draws[l] if split==s], n)
             if not picked:
-                raise MissingDataError(f"no sentence of {locale} is only {l}'s and {s}'s with seed {seed}; take another seed")
-            rows += [dict(id=f'{config_hash(t,8)}-{i}', text=text, label=l) for i,(text,t) in enumerate(picked)]
+                raise MissingDataError(f"no sentence of {locale} is only {l}'s and {s}'s with seed {seed}; "
+                    "take another seed")
+            rows += [dict(id=f'{config_hash(t,8)}-{i}', text=text, label=l)
+                for i,(text,t) in enumerate(picked)]
         random.Random(derive_seed(seed,'order',locale,s)).shuffle(rows)
         out[s] = rows
     return out
 
 # %% ../nbs/4_models/10_home.ipynb #2f7d9d5d
 home_info = dict(license='CC BY 4.0', homepage='https://github.com/OHF-Voice/intents',
-    citation='The Home Assistant Authors and contributors: Home Assistant intents, CC BY 4.0. Names: Unicode CLDR.',
-    description='Utterances expanded at random from sentence templates of Home Assistant; splits by template')
+    citation='The Home Assistant Authors and contributors: Home Assistant intents, CC BY 4.0. '
+        'Names: Unicode CLDR.',
+    description='Utterances expanded at random from sentence templates of Home Assistant; '
+        'splits by template')
 
+# %% ../nbs/4_models/10_home.ipynb #ab0fe2d0
 def _read(path):
     "The splits in `path`, or None when it is missing or damaged"
     try:
         d = json.loads(path.read_text(encoding='utf-8'))
         return d['splits'] if d['digest']==config_hash(d['splits'],64) else None
     except (OSError,ValueError,KeyError,TypeError): return None
+
+# %% ../nbs/4_models/10_home.ipynb #bde9fa28
+def _check_home(locale, labels):
+    "An error where `locale` has too few templates for one of `labels`"
+    if not labels or not home_locales(labels):
+        raise MissingDataError(f"no locale has three templates for each of {list(labels)}; "
+            "see `home_templates`")
+    if check_locale(locale) in home_locales(labels): return
+    few = {l:len(home_templates(locale,l)) for l in labels if len(home_templates(locale,l))<3}
+    why = f"fewer than three templates for {few}" if few else "not a locale of the study"
+    raise MissingDataError(f"the embedded set has no {locale} ({why}); it has {home_locales(labels)}")
 
 # %% ../nbs/4_models/10_home.ipynb #2ebdf3a7
 def home_rows(
@@ -180,14 +228,10 @@ def home_rows(
     labels=None, # Names of intents; None: `home_labels`
 )->list[dict]: # Rows with `id`, `text` and `label`; the id starts with a hash of the template
     "The utterances of one `locale` and `split`, from the cache or newly built"
-    labels = tuple(sorted(set(home_labels if labels is None else labels)))
+    if labels is None: labels = home_labels
+    labels = tuple(sorted(set(labels)))
     if split not in home_splits: raise ValueError(f"the splits are {list(home_splits)}; got {split!r}")
-    if not labels or not home_locales(labels):
-        raise MissingDataError(f"no locale has three templates for each of {list(labels)}; see `home_templates`")
-    if check_locale(locale) not in home_locales(labels):
-        few = {l:len(home_templates(locale,l)) for l in labels if len(home_templates(locale,l))<3}
-        why = f"fewer than three templates for {few}" if few else "not a locale of the study"
-        raise MissingDataError(f"the embedded set has no {locale} ({why}); it has {home_locales(labels)}")
+    _check_home(locale, labels)
     made_by = {o:version(o) for o in ('home-assistant-intents','hassil','Babel')}
     path = cache_dir('home')/f'{locale}-{config_hash([1,locale,seed,labels,home_splits,made_by])}.json'
     splits = _read(path)

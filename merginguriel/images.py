@@ -1,4 +1,4 @@
-"""A small ViT grown from pictures, a model for each image task, and how encoders are scored
+"""A small ViT that is trained on pictures, a fine-tuned model for each image task, and scores of encoders
 
 Docs: https://merginguriel.github.io/merginguriel/6_studies/images.html.md"""
 
@@ -9,9 +9,10 @@ __all__ = ['new_vit', 'image_base', 'ImageOptions', 'image_options', 'image_clas
            'image_score', 'partitions', 'group_words', 'partition_sums']
 
 # %% ../nbs/6_studies/50_images.ipynb #e7e23cba
-"""`image_base` trains a small ViT on pictures that no task has (`merginguriel.pictures`), `finetune_images` grows a classifier
-for one task from it, or from any ViT or CLIP, and `image_score` tells `Arithmetic` what an encoder gets right.
-`partition_sums` tries all groupings of a few tasks."""
+"""`image_base` trains a small ViT on pictures that no task of `merginguriel.pictures` has. From it, or from
+any ViT or CLIP, `finetune_images` makes a classifier for one task. `image_score` is the function by which
+`Arithmetic` learns what an encoder gets right. A few tasks can be grouped in all ways: `partition_sums` tries
+them all, so that the groups that a rule finds are seen among the others."""
 
 # %% ../nbs/6_studies/50_images.ipynb #0de7a672
 import hashlib,json,math,shutil,time
@@ -29,9 +30,8 @@ from .loading import *
 from .checkpoint import *
 from .base_model import *
 from .pictures import *
-from .pictures import _signed
+from .classifier import *
 from .train import *
-from .train import _epochs,_step
 from .evaluate import *
 from .arithmetic import *
 
@@ -41,62 +41,114 @@ def new_vit(
     size:int=16, # Side of a picture
     width:int=96, # Values of a token
     layers:int=4, # Transformer layers
+    *,
     patch:int=4, # Side of a patch; divides `size`
     seed:int=0, # Of the values
 ): # A `ViTForImageClassification` for one channel
     "A small vision transformer"
     from transformers import ViTConfig,ViTForImageClassification
+    config = ViTConfig(image_size=size, patch_size=patch, num_channels=1, hidden_size=width,
+        num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2*width, hidden_dropout_prob=0.,
+        attention_probs_dropout_prob=0., num_labels=n_labels, initializer_range=.05)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ViTForImageClassification(ViTConfig(image_size=size, patch_size=patch, num_channels=1, hidden_size=width,
-            num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2*width, hidden_dropout_prob=0.,
-            attention_probs_dropout_prob=0., num_labels=n_labels, initializer_range=.05))
+        return ViTForImageClassification(config)
 
+# %% ../nbs/6_studies/50_images.ipynb #10eb64e3
 def _moved(x, g):
-    "A little turned, scaled and shifted"
-    n,r = len(x),lambda *s: torch.rand(*s, generator=g)-.5
-    a,s,m = .5*r(n),1+.3*r(n),torch.zeros(n, 2, 3)
-    m[:,0,0],m[:,0,1],m[:,1,0],m[:,1,1],m[:,:,2] = a.cos()*s,-a.sin()*s,a.sin()*s,a.cos()*s,.3*r(n, 2)
-    return F.grid_sample(x, F.affine_grid(m, x.shape, align_corners=False), align_corners=False, padding_mode='border')
+    "Pictures (n, 1, size, size), a little turned, scaled and shifted"
+    n = len(x)
+    def drawn(*shape): return torch.rand(*shape, generator=g)-.5
+    angle = .5*drawn(n)
+    scale = 1+.3*drawn(n)
+    m = torch.zeros(n, 2, 3)
+    m[:,0,0] = angle.cos()*scale
+    m[:,0,1] = -angle.sin()*scale
+    m[:,1,0] = angle.sin()*scale
+    m[:,1,1] = angle.cos()*scale
+    m[:,:,2] = .3*drawn(n, 2)
+    grid = F.affine_grid(m, x.shape, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False, padding_mode='border')
 
+# %% ../nbs/6_studies/50_images.ipynb #aa1cad9c
 _pretexts = dict(turn=4, mirror=2, invert=2, noise=4) # What is done to a picture -> in how many ways
 
 def _altered(x, g):
     "Altered pictures, and in which way"
-    x,y = _moved(x, g),{k:torch.randint(n, (len(x),), generator=g) for k,n in _pretexts.items()}
-    flag = lambda k: y[k][:,None,None,None]
-    x = torch.where(flag('mirror')==1, x.flip(-1), x)
+    x = _moved(x, g)
+    y = {k:torch.randint(n, (len(x),), generator=g) for k,n in _pretexts.items()}
+    def way(k): return y[k][:,None,None,None]
+    x = torch.where(way('mirror')==1, x.flip(-1), x)
     x = torch.stack([torch.rot90(o, int(i), (-2,-1)) for o,i in zip(x, y['turn'])])
-    x = torch.where(flag('invert')==1, -x, x)
-    return x+.2*flag('noise')*torch.randn(x.shape, generator=g),y
+    x = torch.where(way('invert')==1, -x, x)
+    return x+.2*way('noise')*torch.randn(x.shape, generator=g),y
 
 # %% ../nbs/6_studies/50_images.ipynb #8181e657
 def _schedule(opt, warmup, steps):
+    "A rise over `warmup` steps, then a fall as a cosine"
     from transformers import get_cosine_schedule_with_warmup
     return get_cosine_schedule_with_warmup(opt, warmup, steps)
 
-def _pretrain(model, x, y, n_classes, steps, seed, progress):
+@dataclass
+class _Labelled:
+    "What the base is trained on"
+    pixels:torch.Tensor # (n, 1, size, size)
+    label:torch.Tensor # (n,), of all sources
+    n_classes:int
+
+# %% ../nbs/6_studies/50_images.ipynb #2e605673
+def _base_pictures(sources, size):
+    "Pictures of the base's split; the labels of one source follow those of the source before it"
+    ps = [pictures(o.strip(), size) for o in sources.split(',') if o.strip()]
+    x = []
+    y = []
+    n = 0
+    for p in ps:
+        mine = p.split=='base'
+        x.append(p.pixels[mine])
+        y.append(p.label[mine]+n)
+        n += len(p.names)
+    return _Labelled(signed_pixels(np.concatenate(x)), torch.from_numpy(np.concatenate(y)).long(), n)
+
+# %% ../nbs/6_studies/50_images.ipynb #8015fd58
+def _pretrain(model, data, steps, seed, progress):
     "Train in place; returns the loss of each step"
     from tqdm.auto import tqdm
-    g,losses = torch.Generator().manual_seed(derive_seed(seed, 'pretext')),[]
+    g = torch.Generator().manual_seed(derive_seed(seed, 'pretext'))
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=.01, fused=True)
     schedule = _schedule(opt, steps//10, steps)
+    losses = []
     model.train()
     for _ in tqdm(range(steps), disable=not progress, leave=False):
-        b = torch.randint(len(x), (64,), generator=g)
-        xb,ways = _altered(x[b], g)
-        z = model(xb).logits.split([n_classes,*_pretexts.values()], 1)
-        loss = sum(F.cross_entropy(o, t) for o,t in zip(z, [y[b],*ways.values()]))
+        b = torch.randint(len(data.pixels), (64,), generator=g)
+        x,ways = _altered(data.pixels[b], g)
+        z = model(x).logits.split([data.n_classes,*_pretexts.values()], 1)
+        loss = sum(F.cross_entropy(o, t) for o,t in zip(z, [data.label[b],*ways.values()]))
         loss.backward()
-        _step(opt, schedule, 1.)
+        optimiser_step(opt, schedule, 1.)
         losses.append(loss.item())
     return losses
 
 # %% ../nbs/6_studies/50_images.ipynb #67231685
+def _write_record(folder, record, began):
+    "Write training_record.json, with the time since `began` and the versions"
+    record |= dict(seconds=round(time.time()-began, 1),
+        versions=dict(merginguriel=__version__, torch=torch.__version__))
+    text = json.dumps(record, indent=1, ensure_ascii=False)+'\n'
+    (folder/'training_record.json').write_text(text, encoding='utf-8')
+
+def _write_encoder(folder, model):
+    "Write the ViT inside `model`, without its classifier"
+    save_checkpoint({k:v.contiguous() for k,v in model.vit.state_dict().items()}, folder/'model.safetensors')
+    model.config.architectures = ['ViTModel']
+    model.config.to_json_file(folder/'config.json')
+
+# %% ../nbs/6_studies/50_images.ipynb #f7046054
 def image_base(
     sources:str='digits,scenes', # Pictures to learn from, comma separated
     seed:int=0, # Of the start and the order
     steps:int=2000, # Optimiser steps of 64 pictures
+    *,
     width:int=96, # Values of a token
     layers:int=4, # Transformer layers
     size:int=16, # Side of the pictures
@@ -104,26 +156,22 @@ def image_base(
     progress:bool=False, # Show a bar
 )->Path: # Model folder without a classifier
     "Train the small ViT on the pictures that are kept for it"
-    ps = [pictures(o.strip(), size) for o in sources.split(',') if o.strip()]
-    x = _signed(np.concatenate([p.pixels[p.split=='base'] for p in ps]))
-    shift = np.cumsum([0]+[len(p.names) for p in ps])
-    y = torch.from_numpy(np.concatenate([p.label[p.split=='base']+k for p,k in zip(ps, shift)])).long()
-    identity = dict(format=1, data=hashlib.sha256(x.numpy().tobytes()+y.numpy().tobytes()).hexdigest(), sources=sources, seed=seed,
+    data = _base_pictures(sources, size)
+    content = data.pixels.numpy().tobytes()+data.label.numpy().tobytes()
+    identity = dict(format=1, data=hashlib.sha256(content).hexdigest(), sources=sources, seed=seed,
         steps=steps, width=width, layers=layers, size=size)
     key = config_hash(identity)
-    out,began = Path(out) if out else cache_dir('vit')/key,time.time()
+    out = Path(out) if out else cache_dir('vit')/key
+    began = time.time()
     if finished_run(out, key): return out
-    model = new_vit(shift[-1]+sum(_pretexts.values()), size, width, layers, seed=derive_seed(seed, 'vit'))
-    losses = _pretrain(model, x, y, int(shift[-1]), steps, seed, progress)
+    n = data.n_classes+sum(_pretexts.values())
+    model = new_vit(n, size, width, layers, seed=derive_seed(seed, 'vit'))
+    losses = _pretrain(model, data, steps, seed, progress)
     if not np.isfinite(losses).all(): raise ValueError(f"the loss is {losses[-1]}; try another seed")
     with atomic_dir(out) as d:
-        save_checkpoint({k:v.contiguous() for k,v in model.vit.state_dict().items()}, d/'model.safetensors')
-        model.config.architectures = ['ViTModel']
-        model.config.to_json_file(d/'config.json')
-        losses = [round(float(np.mean(o)), 4) for o in np.array_split(losses, 20) if len(o)]
-        record = dict(key=key, **identity, pictures=len(x), losses=losses, seconds=round(time.time()-began, 1),
-            versions=dict(merginguriel=__version__, torch=torch.__version__))
-        (d/'training_record.json').write_text(json.dumps(record, indent=1)+'\n', encoding='utf-8')
+        _write_encoder(d, model)
+        means = [round(float(np.mean(o)), 4) for o in np.array_split(losses, 20) if len(o)]
+        _write_record(d, dict(key=key, **identity, pictures=len(data.pixels), losses=means), began)
     return out
 
 # %% ../nbs/6_studies/50_images.ipynb #e0ece711
@@ -138,46 +186,68 @@ class ImageOptions:
     warmup:int=20 # Steps over which the rates rise; then they fall as a cosine
     clip:float=1. # Largest norm of a gradient
     def __post_init__(self):
-        low = {k:v for k,v in asdict(self).items() if not (v>=0 if k in ('weight_decay','warmup') else v>0)}
-        if low: raise ValueError(f"{next(iter(low))} is out of range: {next(iter(low.values()))}; see the comment of ImageOptions")
+        for k,v in asdict(self).items():
+            may_be_zero = k in ('weight_decay','warmup')
+            if not (v>0 or v==0 and may_be_zero):
+                raise ValueError(f"{k} is out of range: {v}; see the comment of ImageOptions")
 
+# %% ../nbs/6_studies/50_images.ipynb #a27c8560
 def image_options(
-    text:str='', # Options by name and value, comma separated, e.g. 'lr=1e-3, warmup=5', or 'published', as in the papers for CLIP
+    text:str='', # Options, e.g. 'lr=1e-3, warmup=5'; or 'published', as in the papers for CLIP
     task:str='', # One of `vision_tasks`, for 'published'
     **given, # Options that `text` may replace
 )->ImageOptions:
     "Options of fine-tuning from words"
     if text=='published':
-        if task not in vision_tasks: raise ValueError(f"options are published for {', '.join(vision_tasks)}; got {task!r}")
-        return ImageOptions(vision_tasks[task][2], lr=1e-5, head_lr=1e-3, weight_decay=.1, batch_size=128, warmup=500)
-    known = {f.name:f.type for f in fields(ImageOptions)}
-    said = {k.strip():v for k,_,v in (o.partition('=') for o in text.split(',') if o.strip())}
-    if odd := [k for k in said if k not in known]: raise ValueError(f"no option {odd[0]!r}; there are {', '.join(known)}")
-    return ImageOptions(**given|{k:known[k](v) for k,v in said.items()})
+        if task not in vision_tasks:
+            raise ValueError(f"options are published for {', '.join(vision_tasks)}; got {task!r}")
+        epochs = vision_tasks[task][2]
+        return ImageOptions(epochs, lr=1e-5, head_lr=1e-3, weight_decay=.1, batch_size=128, warmup=500)
+    types = {f.name:f.type for f in fields(ImageOptions)}
+    pairs = [o.partition('=') for o in text.split(',') if o.strip()]
+    said = {k.strip():v for k,_,v in pairs}
+    odd = [k for k in said if k not in types]
+    if odd: raise ValueError(f"no option {odd[0]!r}; there are {', '.join(types)}")
+    return ImageOptions(**given|{k:types[k](v) for k,v in said.items()})
 
 # %% ../nbs/6_studies/50_images.ipynb #f4781e40
+def _label_config(names):
+    "Fields of a model's configuration for the labels `names`"
+    number = {k:i for i,k in enumerate(names)}
+    return dict(num_labels=len(names), id2label=dict(enumerate(names)), label2id=number)
+
+# %% ../nbs/6_studies/50_images.ipynb #60ebc16e
 def image_classifier(
     path, # Model folder
     names=None, # Labels of a new classifier; None: the one it has
 ): # The model, in float32
     "An image classifier; a new classifier starts at zero"
     quiet_transformers()
-    new = dict(num_labels=len(names), id2label=dict(enumerate(names)), label2id={k:i for i,k in enumerate(names)}) if names else {}
-    model,info = from_folder('AutoModelForImageClassification', path, dtype=torch.float32, output_loading_info=True,
-        ignore_mismatched_sizes=bool(names), **new)
+    new = _label_config(names) if names else {}
+    model,info = from_folder('AutoModelForImageClassification', path, dtype=torch.float32,
+        output_loading_info=True, ignore_mismatched_sizes=bool(names), **new)
     heads = head_keys(model.state_dict())
-    if bad := sorted(set(info['missing_keys'])-set(heads if names else [])):
-        raise CheckpointError(f"{path} lacks {bad[0]!r} ({len(bad)} such tensors); give the folder of a whole model")
+    made = set(heads) if names else set()
+    bad = sorted(set(info['missing_keys'])-made)
+    if bad:
+        raise CheckpointError(f"{path} lacks {bad[0]!r} ({len(bad)} such tensors); "
+            "give the folder of a whole model")
     with torch.no_grad():
-        for k,v in model.named_parameters() if names else []: v.zero_() if k in heads else v
+        for k,v in model.named_parameters():
+            if k in made: v.zero_()
     return model
 
+# %% ../nbs/6_studies/50_images.ipynb #9dd9331f
 def _check_size(model, task):
-    c,have = getattr(model.config, 'vision_config', model.config),tuple(task.pixels('train', [0]).shape[1:])
-    want = (c.num_channels,c.image_size,c.image_size)
+    "Refuse pictures of another size than the model takes"
+    c = getattr(model.config, 'vision_config', model.config)
+    have = tuple(task.pixels('train', [0]).shape[1:])
+    want = c.num_channels,c.image_size,c.image_size
     if have!=want:
-        raise IncompatibleError(f"the base takes pictures of {want} and {task.name} has {have}; choose another base, or other tasks")
+        raise IncompatibleError(f"the base takes pictures of {want} and {task.name} has {have}; "
+            "choose another base, or other tasks")
 
+# %% ../nbs/6_studies/50_images.ipynb #b98c0a74
 @torch.inference_mode()
 def answers_to(
     model, # An image classifier
@@ -187,47 +257,75 @@ def answers_to(
 )->pd.Series: # True where right, indexed by the picture
     "Which pictures `model` gets right"
     model.eval()
-    y,device = task.labels(split),next(model.parameters()).device
-    batches = [range(i, min(i+batch_size, len(y))) for i in range(0, len(y), batch_size)]
-    z = [model(pixel_values=task.pixels(split, b).to(device)).logits.argmax(-1).cpu() for b in batches]
-    return pd.Series(torch.cat(z).numpy()==y, index=pd.Index(task.parts[split].ids, name='id'))
+    y = task.labels(split)
+    device = next(model.parameters()).device
+    answers = []
+    for i in range(0, len(y), batch_size):
+        x = task.pixels(split, range(i, min(i+batch_size, len(y))))
+        answers.append(model(pixel_values=x.to(device)).logits.argmax(-1).cpu())
+    return pd.Series(torch.cat(answers).numpy()==y, index=pd.Index(task.parts[split].ids, name='id'))
 
 # %% ../nbs/6_studies/50_images.ipynb #394174d7
-def _fit(model, task, o, seed, key, state_file, progress):
+def _optimizer(model, o):
+    "AdamW with one rate for the encoder and one for the classifier"
+    heads = set(head_keys(dict(model.named_parameters())))
+    encoder = [p for k,p in model.named_parameters() if k not in heads]
+    head = [p for k,p in model.named_parameters() if k in heads]
+    groups = [dict(params=encoder, lr=o.lr), dict(params=head, lr=o.head_lr)]
+    return torch.optim.AdamW(groups, weight_decay=o.weight_decay, fused=True)
+
+# %% ../nbs/6_studies/50_images.ipynb #9f0c7537
+def _fit(model, task, o, *, seed, key, state_file, progress):
     "Train; returns (best weights, history)"
-    y,device = torch.from_numpy(task.labels('train')).long(),next(model.parameters()).device
-    n,heads = math.ceil(len(y)/o.batch_size),set(head_keys(dict(model.named_parameters())))
-    groups = [dict(params=[p for k,p in model.named_parameters() if (k in heads)==h], lr=r) for h,r in ((False,o.lr),(True,o.head_lr))]
-    opt = torch.optim.AdamW(groups, weight_decay=o.weight_decay, fused=True)
+    y = torch.from_numpy(task.labels('train')).long()
+    device = next(model.parameters()).device
+    n = math.ceil(len(y)/o.batch_size)
+    opt = _optimizer(model, o)
     schedule = _schedule(opt, o.warmup, n*o.epochs)
     def train(order, tick):
         model.train()
         total = 0.
         for b in np.array_split(np.random.default_rng(order).permutation(len(y)), n):
-            loss = F.cross_entropy(model(pixel_values=task.pixels('train', b).to(device)).logits, y[b].to(device))
+            z = model(pixel_values=task.pixels('train', b).to(device)).logits
+            loss = F.cross_entropy(z, y[b].to(device))
             loss.backward()
-            _step(opt, schedule, o.clip)
+            optimiser_step(opt, schedule, o.clip)
             total += loss.item()*len(b)/len(y)
             tick()
-        if not math.isfinite(total): raise ValueError(f"the loss of {task.name} is {total}; lower the learning rate ({o.lr})")
+        if not math.isfinite(total):
+            raise ValueError(f"the loss of {task.name} is {total}; lower the learning rate ({o.lr})")
         return total
-    score = lambda: float(answers_to(model, task, 'dev').mean())
-    return _epochs(model, opt, schedule, o.epochs, n, train, score, seed, key, state_file, progress=progress)
+    def score(): return float(answers_to(model, task, 'dev').mean())
+    t = Training(model, opt, schedule, epochs=o.epochs, steps=n, seed=seed, key=key, state_file=state_file)
+    return train_epochs(t, train, score, progress=progress)
 
 # %% ../nbs/6_studies/50_images.ipynb #41687c07
+def _write_classifier(folder, model, best, base):
+    "Write the weights `best` with their configuration, and the image processor of the base if it has one"
+    processor = base/'preprocessor_config.json'
+    if processor.is_file(): shutil.copy(processor, folder)
+    save_checkpoint({k:v.contiguous() for k,v in best.items()}, folder/'model.safetensors')
+    model.config.architectures = [type(model).__name__]
+    model.config.to_json_file(folder/'config.json')
+
+# %% ../nbs/6_studies/50_images.ipynb #09d7f4d3
 def finetune_images(
     base, # Model folder or hub name: a ViT, CLIP, or another encoder of pictures
     task:ImageTask, # Task to learn
     out, # Folder to write; a finished run with the same configuration is returned at once
     seed:int=0, # Of the order
+    *,
     options:ImageOptions|None=None, # How to train; None: the defaults
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     progress:bool=False, # Show a bar
 )->Path: # `out`: weights, configuration with labels, training_record.json
     "Fine-tune a model for one task"
-    o,out,folder,began = options or ImageOptions(),Path(out),resolve_model(base),time.time()
-    identity = dict(base=open_checkpoint(folder).digest(), task=task.name, data=task.digest, labels=task.names, seed=seed,
-        options=asdict(o))
+    o = options or ImageOptions()
+    out = Path(out)
+    folder = resolve_model(base)
+    began = time.time()
+    identity = dict(base=open_checkpoint(folder).digest(), task=task.name, data=task.digest,
+        labels=task.names, seed=seed, options=asdict(o))
     key = config_hash(identity)
     state_file = out.parent/f'.{out.name}.{key}.state'
     with alone(out):
@@ -235,15 +333,11 @@ def finetune_images(
         model = image_classifier(folder, task.names)
         _check_size(model, task)
         out.parent.mkdir(parents=True, exist_ok=True)
-        best,history = _fit(model.to(pick_device(device)), task, o, seed, key, state_file, progress)
+        model.to(pick_device(device))
+        best,history = _fit(model, task, o, seed=seed, key=key, state_file=state_file, progress=progress)
         with atomic_dir(out) as d:
-            if (folder/'preprocessor_config.json').is_file(): shutil.copy(folder/'preprocessor_config.json', d)
-            save_checkpoint({k:v.contiguous() for k,v in best.items()}, d/'model.safetensors')
-            model.config.architectures = [type(model).__name__]
-            model.config.to_json_file(d/'config.json')
-            record = dict(key=key, **identity, history=history, seconds=round(time.time()-began, 1),
-                versions=dict(merginguriel=__version__, torch=torch.__version__))
-            (d/'training_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+            _write_classifier(d, model, best, folder)
+            _write_record(d, dict(key=key, **identity, history=history), began)
         drop(state_file)
     return out
 
@@ -258,7 +352,8 @@ def image_score(
     @cache
     def classifier(task):
         m = image_classifier(models[task]).to(pick_device(device))
-        return m,{k:m.state_dict()[k].clone() for k in head_keys(m.state_dict())}
+        state = m.state_dict()
+        return m,{k:state[k].clone() for k in head_keys(state)}
     def score(state, task, split):
         m,head = classifier(task)
         m.load_state_dict({**state, **head})
@@ -272,16 +367,24 @@ def partitions(
     "All ways to group `names`"
     first,*rest = list(names)
     if not rest: return [[[first]]]
-    return [o for p in partitions(rest) for o in ([[first],*p], *([*p[:i],[first,*p[i]],*p[i+1:]] for i in range(len(p))))]
+    out = []
+    for groups in partitions(rest):
+        out.append([[first],*groups])
+        for i,group in enumerate(groups): out.append([*groups[:i],[first,*group],*groups[i+1:]])
+    return out
 
 def _in_words(groups): return ' | '.join(sorted(' + '.join(sorted(o)) for o in groups))
 
+# %% ../nbs/6_studies/50_images.ipynb #6dc2f423
 def group_words(
     bases, # `Bases` of the kind 'cluster'
 )->str: # e.g. 'a + b | c'
     "The groups of tasks in words, as `partition_sums` names them"
-    return _in_words([[t for t,c in zip(bases.names, bases.clusters) if c==i] for i in sorted(set(bases.clusters))])
+    groups = {}
+    for task,c in zip(bases.names, bases.clusters): groups.setdefault(c, []).append(task)
+    return _in_words(groups.values())
 
+# %% ../nbs/6_studies/50_images.ipynb #a60d5b88
 def partition_sums(
     study, # An `Arithmetic`
     names, # Tasks to group, two to six of them
@@ -289,10 +392,12 @@ def partition_sums(
 )->pd.DataFrame: # Rows of `add` for each grouping, with `groups` in words
     "The sum of the means of groups, for all groupings"
     from tqdm.auto import tqdm
-    if not 2<=len(names)<=6: raise ValueError(f"two to six tasks are grouped in all ways (203 for six); got {len(names)}")
+    if not 2<=len(names)<=6:
+        raise ValueError(f"two to six tasks are grouped in all ways (203 for six); got {len(names)}")
     out = []
-    for p in tqdm(partitions(names), disable=not progress, leave=False):
-        b = study.fit('cluster', len(p), tasks=names, by={t:i for i,o in enumerate(p) for t in o})
-        what = dict(operation='partition', groups=_in_words(p), n_bases=len(p))
+    for groups in tqdm(partitions(names), disable=not progress, leave=False):
+        n = len(groups)
+        b = study.fit('cluster', n, tasks=names, by={t:i for i,o in enumerate(groups) for t in o})
+        what = dict(operation='partition', groups=_in_words(groups), n_bases=n)
         out.append(study.add(what, b.add_bases, names))
     return pd.concat(out, ignore_index=True)

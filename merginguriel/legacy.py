@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/legacy.html.md"""
 __all__ = ['read_name', 'import_legacy']
 
 # %% ../nbs/5_runs/35_legacy.ipynb #b287ff7e
-"""The MergingUriel study kept its results in the names of folders, in N×N matrices and in an SQLite table. `import_legacy` reads all
-three into a `Store`, once, with a configuration that says so (`study: legacy`) and holds what is known and nothing else. What can be
-read in two ways, what contradicts itself and what stands for a missing score is refused: one error lists all of it, before anything is
-written. `read_name` says what a folder's name says."""
+"""The MergingUriel study kept its results in the names of folders, in N×N matrices and in an SQLite table.
+`import_legacy` reads all three into a `Store`, once, with a configuration that says so (`study: legacy`)
+and holds what is known and nothing else. What can be read in two ways, what contradicts itself and what
+stands for a missing score is refused: one error lists all of it, before anything is written. `read_name`
+says what a folder's name says."""
 
 # %% ../nbs/5_runs/35_legacy.ipynb #635cb543
 import json,re,sqlite3
@@ -22,43 +23,56 @@ from .core import *
 from .evaluate import *
 from .store import *
 
-# %% ../nbs/5_runs/35_legacy.ipynb #f6fe3068
+# %% ../nbs/5_runs/35_legacy.ipynb #eb485ebf
 _locale = '[a-z]{2}-[A-Z]{2}'
-_forms = [rf'(?P<experiment>baseline)_(?P<target>{_locale})_(?P<base>.+)', rf'(?P<source>{_locale})_on_(?P<target>{_locale})',
-    rf'(?P<experiment>merging|ensemble|iterative)_(?P<method>.+%s)_(?P<similarity>URIEL|REAL)_(?P<target>{_locale})_'
+_forms = [rf'(?P<experiment>baseline)_(?P<target>{_locale})_(?P<base>.+)',
+    rf'(?P<source>{_locale})_on_(?P<target>{_locale})',
+    rf'(?P<experiment>merging|ensemble|iterative)_(?P<method>.+%s)_(?P<similarity>URIEL|REAL)_'
+    rf'(?P<target>{_locale})_'
     r'(?P<base>.+)_(?P<k>\d+)lang_(?P<mode>IncTar|ExcTar|IT|ET)']
 
+# %% ../nbs/5_runs/35_legacy.ipynb #f6fe3068
 def read_name(
     name:str, # Name of a folder that holds a results.json
-)->dict: # target, and source, or experiment and base, and for a merge method, similarity, k and include_target
+)->dict: # target, and source, or experiment and base; for a merge method, similarity, k, include_target
     "What the name of a results folder says; `ValueError` for a name that says nothing known, or two things"
     found = [m.groupdict() for o in _forms for q in ('','?') if (m := re.fullmatch(o.replace('%s', q), name))]
     found = [o for i,o in enumerate(found) if o not in found[:i]]
     if not found:
-        raise ValueError("the name is none of baseline_LOCALE_BASE, TYPE_METHOD_SIMILARITY_LOCALE_BASE_Klang_MODE and SOURCE_on_TARGET; "
-            "if it leaves out what was merged, find out and rename the folder")
+        raise ValueError("the name is none of baseline_LOCALE_BASE, "
+            "TYPE_METHOD_SIMILARITY_LOCALE_BASE_Klang_MODE and SOURCE_on_TARGET; if it leaves out what was "
+            "merged, find out and rename the folder")
     o = found[0]
     if len(found)>1:
         ways = [', '.join(f'{k} {v}' for k,v in w.items() if v!=z.get(k)) for w,z in (found[:2],found[1::-1])]
-        raise ValueError(f"the name reads as {ways[0]}, and as {ways[1]}; rename the folder so that it has one meaning")
+        raise ValueError(f"the name reads as {ways[0]}, and as {ways[1]}; rename the folder so that it has "
+            "one meaning")
     if 'base' not in o: return o
     o['base'],_,own = o['base'].partition('_massive_k')
-    if own.strip('_') not in ('',o['target']): raise ValueError(f"the name has the target {o['target']} and a model of {own.strip('_')}")
+    if own.strip('_') not in ('',o['target']):
+        raise ValueError(f"the name has the target {o['target']} and a model of {own.strip('_')}")
     if 'k' in o: o |= dict(k=int(o['k']), include_target=o.pop('mode') in ('IncTar','IT'))
     return o
 
-# %% ../nbs/5_runs/35_legacy.ipynb #8738ef6c
+# %% ../nbs/5_runs/35_legacy.ipynb #fc2930da
 def _score(value, right=None, n=None):
     "An accuracy that is one"
-    if value is None or value!=value: raise ValueError("there is no accuracy; evaluate the model again, or take the file away")
-    if odd := [o for o in (value,right,n) if isinstance(o, (str,bool))]: raise ValueError(f"scores and counts are numbers; got {odd[0]!r}")
+    if value is None or value!=value:
+        raise ValueError("there is no accuracy; evaluate the model again, or take the file away")
+    if odd := [o for o in (value,right,n) if isinstance(o, (str,bool))]:
+        raise ValueError(f"scores and counts are numbers; got {odd[0]!r}")
     if not 0<=value<=1: raise ValueError(f"an accuracy is in [0, 1]; got {value}")
-    if value==0: raise ValueError("the accuracy is 0.0, which also stood for a missing score; evaluate the model again, or take it away")
-    if n and right is not None and abs(right/n-value)>5e-5: raise ValueError(f"the accuracy is {value} and {right} of {n} are right")
+    if value==0:
+        raise ValueError("the accuracy is 0.0, which also stood for a missing score; evaluate the model "
+            "again, or take it away")
+    if n and right is not None and abs(right/n-value)>5e-5:
+        raise ValueError(f"the accuracy is {value} and {right} of {n} are right")
     return dict(value=float(value)) if not n or right is None else dict(value=right/n, n=n, right=right)
 
+# %% ../nbs/5_runs/35_legacy.ipynb #ed21e8a9
 def _entry(file, config, name, split='test', note='', **score):
-    config = dict(study='legacy', dataset='massive', origin=file)|{k:v for k,v in config.items() if v is not None}
+    config = dict(study='legacy', dataset='massive',
+        origin=file)|{k:v for k,v in config.items() if v is not None}
     return dict(file=file, config=config, name=name, locale=config['target'], split=split, note=note)|score
 
 def _all(f, items):
@@ -70,83 +84,112 @@ def _all(f, items):
     if faults: raise ValueError('; '.join(faults))
     return out
 
+# %% ../nbs/5_runs/35_legacy.ipynb #8738ef6c
 def _named(o):
     "Name of the model, and the configuration without what the name says"
     if 'source' in o:
         if o['base'].startswith('nxn_eval_'):
-            raise ValueError(f"the folder {o['base']} has a date for a name; name it after the base of its models")
-        return 'own' if o['source']==o['target'] else f"source:{o['source']}", dict(experiment='nxn', target=o['target'], base=o['base'])
+            raise ValueError(f"the folder {o['base']} has a date for a name; name it after the base of its "
+                "models")
+        return 'own' if o['source']==o['target'] else f"source:{o['source']}", dict(experiment='nxn',
+            target=o['target'], base=o['base'])
     if o['experiment']=='baseline': return 'own',o
     return o['method'],{k:v for k,v in o.items() if k!='method'}|dict(methods=[o['method']])
 
-# %% ../nbs/5_runs/35_legacy.ipynb #f0aa919c
+# %% ../nbs/5_runs/35_legacy.ipynb #e8073d8a
 def _details(path, o):
     "Sources and weights of a merge, by the file that the study wrote beside it"
     text = path.read_text(encoding='utf-8')
     find = lambda what: re.findall(rf'^[ \t-]*{what}:[ \t]*(\S+)', text, re.M)
-    sources,weights,target = find('Locale'),find('Weight'),find('Target Language')
-    if len(sources)!=len(weights): raise ValueError(f"{path.name} names {len(sources)} locales and {len(weights)} weights")
-    if target and target[0]!=o['target']: raise ValueError(f"the folder is of {o['target']} and {path.name} of {target[0]}")
-    mode,there = 'IncTar' if o['include_target'] else 'ExcTar','with' if o['target'] in sources else 'without'
+    sources = find('Locale')
+    weights = find('Weight')
+    target = find('Target Language')
+    if len(sources)!=len(weights):
+        raise ValueError(f"{path.name} names {len(sources)} locales and {len(weights)} weights")
+    if target and target[0]!=o['target']:
+        raise ValueError(f"the folder is of {o['target']} and {path.name} of {target[0]}")
+    mode = 'IncTar' if o['include_target'] else 'ExcTar'
+    there = 'with' if o['target'] in sources else 'without'
     if (mode=='IncTar')!=(there=='with'):
-        raise ValueError(f"the folder says {mode} and {path.name} has {', '.join(sources)}, {there} {o['target']}")
+        raise ValueError(f"the folder says {mode} and {path.name} has {', '.join(sources)}, {there} "
+            f"{o['target']}")
     return dict(sources=sources, weights=dict(zip(sources, map(float, weights))))
 
+# %% ../nbs/5_runs/35_legacy.ipynb #885578b0
 def _result(path, file):
     o = read_name(path.parent.name)
     d = json.loads(path.read_text(encoding='utf-8'))
-    if not isinstance(d, dict): raise ValueError(f"it holds a {type(d).__name__} in place of evaluation_info and performance")
-    info,p,details = d.get('evaluation_info', {}),d.get('performance', {}),path.with_name('merge_details.txt')
-    if info.get('locale', o['target'])!=o['target']: raise ValueError(f"the folder is of {o['target']} and the file of {info['locale']}")
+    if not isinstance(d, dict):
+        raise ValueError(f"it holds a {type(d).__name__} in place of evaluation_info and performance")
+    info = d.get('evaluation_info', {})
+    p = d.get('performance', {})
+    details = path.with_name('merge_details.txt')
+    if info.get('locale', o['target'])!=o['target']:
+        raise ValueError(f"the folder is of {o['target']} and the file of {info['locale']}")
     if 'source' in o: o['base'] = path.parent.parent.name
     name,config = _named(o)
     if 'k' in o and details.exists(): config |= _details(details, o)
     score = _score(p.get('accuracy'), p.get('correct_predictions'), p.get('total_predictions'))
     return [_entry(file, config, name, info.get('split', 'test'), **score)]
 
+# %% ../nbs/5_runs/35_legacy.ipynb #f0aa919c
 def _matrix(path, file):
     m = pd.read_csv(path, index_col=0)
-    odd = [o for o in [*m.index,*m.columns] if not re.fullmatch(_locale, str(o))]+list(m.index[m.index.duplicated()])
+    odd = [o for o in [*m.index,*m.columns]
+        if not re.fullmatch(_locale, str(o))]+list(m.index[m.index.duplicated()])
     if odd: raise ValueError(f"rows and columns are locales, each once; got {', '.join(map(str, odd[:3]))}")
     def cell(s, t):
         name,config = _named(dict(source=s, target=t, base=path.parent.name))
-        return _entry(file, config, name, **dict(note='not evaluated') if pd.isna(m.at[s,t]) else _score(m.at[s,t]))
+        return _entry(file, config, name,
+            **dict(note='not evaluated') if pd.isna(m.at[s,t]) else _score(m.at[s,t]))
     return _all(cell, [(f'{s} on {t}',(s,t)) for t in m.columns for s in m.index])
 
-# %% ../nbs/5_runs/35_legacy.ipynb #445ae02b
-_columns = dict(locale='target', method='method', similarity_type='similarity', num_languages='k', model_family='base',
+# %% ../nbs/5_runs/35_legacy.ipynb #718c8cd7
+_columns = dict(locale='target', method='method', similarity_type='similarity', num_languages='k',
+    model_family='base',
     experiment_type='experiment')
 
+# %% ../nbs/5_runs/35_legacy.ipynb #30b1b3b4
 def _run(r, file):
     if r['status']!='completed': return _entry(file, dict(target=r['locale']), r['method'], note=r['status'])
-    if r['include_target'] not in (0,1): raise ValueError(f"include_target is 0 or 1; got {r['include_target']!r}")
+    if r['include_target'] not in (0,1):
+        raise ValueError(f"include_target is 0 or 1; got {r['include_target']!r}")
     o = {v:r[k] for k,v in _columns.items()}|dict(include_target=bool(r['include_target']))
     if r['method']=='baseline': o = dict(experiment='baseline', target=o['target'], base=o['base'])
-    if missing := [k for k,v in o.items() if v in (None,'')]: raise ValueError(f"{', '.join(missing)} of a completed run is empty")
+    if missing := [k for k,v in o.items() if v in (None,'')]:
+        raise ValueError(f"{', '.join(missing)} of a completed run is empty")
     name,config = _named(o)
-    config |= dict(ablation=r['ablation_name'], settings=json.loads(r['config_json']) if r['config_json'] else None)
-    return _entry(file, config, name, folder=Path(r['results_dir']).name if r['results_dir'] else None, **_score(r['accuracy']))
+    config |= dict(ablation=r['ablation_name'],
+        settings=json.loads(r['config_json']) if r['config_json'] else None)
+    return _entry(file, config, name, folder=Path(r['results_dir']).name if r['results_dir'] else None,
+        **_score(r['accuracy']))
 
+# %% ../nbs/5_runs/35_legacy.ipynb #445ae02b
 def _table(path, file):
     with closing(sqlite3.connect(f'{path.absolute().as_uri()}?mode=ro', uri=True)) as con:
         con.row_factory = sqlite3.Row
         if not con.execute("select 1 from sqlite_master where name='experiments'").fetchone():
             raise ValueError("there is no table experiments; take the file away")
         rows = [dict(o) for o in con.execute('select * from experiments order by id')]
-    if rows and (absent := {*_columns,'status','include_target','accuracy','ablation_name','config_json','results_dir'}-set(rows[0])):
+    needed = {*_columns,'status','include_target','accuracy','ablation_name','config_json','results_dir'}
+    if rows and (absent := needed-set(rows[0])):
         raise ValueError(f"the table experiments has no column {', '.join(sorted(absent))}")
     return _all(_run, [(f"row {r['id']}",(r,f"{file} row {r['id']}")) for r in rows])
 
-# %% ../nbs/5_runs/35_legacy.ipynb #c3504e06
-def _core(e): return {k:v for k,v in e['config'].items() if k not in ('origin','sources','weights','ablation','settings')}
+# %% ../nbs/5_runs/35_legacy.ipynb #99c51ca5
+def _core(e):
+    return {k:v for k,v in e['config'].items()
+        if k not in ('origin','sources','weights','ablation','settings')}
 
+# %% ../nbs/5_runs/35_legacy.ipynb #c3504e06
 def _unite(entries):
     "The entries, each once, and what they contradict"
     faults,kept = [],{}
     folders = {Path(e['file']).parent.name:e for e in entries if e['file'].endswith('results.json')}
     def same(a, b):
         where = f"{b['file']} has the accuracy {b['value']:.4f}, {a['file']} has {a['value']:.4f}"
-        if (_core(a),a['name'])!=(_core(b),b['name']): faults.append(f"{b['file']} is another run than {a['file']}, which it names")
+        if (_core(a),a['name'])!=(_core(b),b['name']):
+            faults.append(f"{b['file']} is another run than {a['file']}, which it names")
         elif abs(a['value']-b['value'])>5e-5: faults.append(where)
     for e in entries:
         if twin := folders.get(e.get('folder')):
@@ -154,7 +197,8 @@ def _unite(entries):
             twin['config'] |= {k:v for k,v in e['config'].items() if k!='origin'}
             twin['note'] = f"also in {e['file']}"
     for e in (o for o in entries if o.get('folder') not in folders):
-        key = config_hash({k:v for k,v in e['config'].items() if k not in ('origin','sources','weights')}),e['name'],e['split']
+        key = config_hash({k:v for k,v in e['config'].items()
+            if k not in ('origin','sources','weights')}),e['name'],e['split']
         if 'value' not in e: kept[e['file'],e['name'],e['locale']] = e
         elif key not in kept: kept[key] = e
         else:
@@ -162,7 +206,7 @@ def _unite(entries):
             kept[key]['note'] = f"also in {e['file']}"
     return list(kept.values()),faults
 
-# %% ../nbs/5_runs/35_legacy.ipynb #98bd6dbe
+# %% ../nbs/5_runs/35_legacy.ipynb #3e4d3ae5
 def _read(folder):
     readers = [('results.json',_result), ('evaluation_matrix*.csv',_matrix), ('*.db',_table)]
     entries,faults = [],[]
@@ -172,21 +216,27 @@ def _read(folder):
         except (ValueError,sqlite3.Error) as e: faults.append(f"{file}: {e}")
     return entries,faults
 
+# %% ../nbs/5_runs/35_legacy.ipynb #98bd6dbe
 def import_legacy(
     folder:str|Path, # Folder of the study, searched at any depth
     store:Store, # Where the scores are recorded
-)->pd.DataFrame: # One row per score: file, hash, name, locale, split, value, n, note; no hash where it was left out
-    "Results of the MergingUriel study as rows of `store`; one error for all that is ambiguous, before anything is written"
+)->pd.DataFrame: # A row per score: file, hash (none where left out), name, locale, split, value, n, note
+    "Results of the MergingUriel study as rows of `store`; one error for all that is ambiguous, and no row"
     folder = Path(folder)
     entries,faults = _read(folder)
-    if not entries and not faults: raise MissingDataError(f"{folder} has no results.json, no evaluation_matrix*.csv and no .db file")
+    if not entries and not faults:
+        raise MissingDataError(f"{folder} has no results.json, no evaluation_matrix*.csv and no .db file")
     entries,more = _unite(entries)
     if faults := faults+more:
-        raise ValueError(f"{len(faults)} things in {folder} are ambiguous, and nothing was imported:\n- "+'\n- '.join(faults))
+        listed = '\n- '.join(faults)
+        what = f"{len(faults)} things in {folder} are ambiguous, and nothing was imported"
+        raise ValueError(f"{what}:\n- {listed}")
     runs = {}
     for e in (o for o in entries if 'value' in o): runs.setdefault(canonical_json(e['config']), []).append(e)
     for es in runs.values():
-        h = store.record(es[0]['config'], [dict(name=e['name'], locale=e['locale'], split=e['split'], metric='accuracy', value=e['value'],
-            n=e.get('n'), **dict(zip(('low','high'), wilson(e['right'], e['n']) if 'n' in e else ()))) for e in es])
+        h = store.record(es[0]['config'],
+            [dict(name=e['name'], locale=e['locale'], split=e['split'], metric='accuracy', value=e['value'],
+            n=e.get('n'), **dict(zip(('low','high'), wilson(e['right'], e['n']) if 'n' in e else ())))
+            for e in es])
         for e in es: e['hash'] = h
     return pd.DataFrame(entries, columns=['file','hash','name','locale','split','value','n','note'])

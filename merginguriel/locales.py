@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/0_ground/locales.html.md"""
 __all__ = ['locales', 'study_locales', 'check_locale', 'language']
 
 # %% ../nbs/0_ground/20_locales.ipynb #67ed6d3f
-"""MASSIVE names a language by a locale such as `sq-AL`; URIEL names it by an ISO 639-3 code such as `sqi`; a plot wants
-`Albanian`. `locales` is the one table that joins them, with family and script. `study_locales` are the 49 locales of the
-MergingUriel study: MASSIVE 1.1 without he-IL, sv-SE and zh-CN. Two facts that trip readers up: MASSIVE writes Slovenian as
-`sl-SL`, and zh-CN and zh-TW share one ISO 639-3 code, so typology cannot tell them apart."""
+"""MASSIVE names a language by a locale such as `sq-AL`, URIEL names it by an ISO 639-3 code such as `sqi`,
+and a plot should say `Albanian`. The table `locales` joins the three, and adds the family and the script of
+each language. `study_locales` are the 49 locales of the MergingUriel study, which are those of MASSIVE 1.1
+without he-IL, sv-SE and zh-CN. Two facts are easily missed: MASSIVE writes Slovenian as `sl-SL`, and zh-CN
+and zh-TW share one ISO 639-3 code, so that typology cannot tell them apart."""
 
 # %% ../nbs/0_ground/20_locales.ipynb #4cbb10ab
 import difflib
@@ -85,10 +86,12 @@ def check_locale(
     among=None, # Locales to accept; None: the 52 of MASSIVE
 )->str: # The same string
     "Return `locale`, or raise a `ValueError` naming the nearest known ones"
-    known = list(locales.index if among is None else among)
+    if among is None: among = locales.index
+    known = list(among)
     if locale in known: return locale
     if not isinstance(locale, str):
-        raise ValueError(f"a locale is a string such as 'sq-AL'; got {locale!r} (with papermill, pass it with -r)")
+        raise ValueError(f"a locale is a string such as 'sq-AL'; got {locale!r} "
+            "(with papermill, pass it with -r)")
     near = difflib.get_close_matches(locale, known, n=3, cutoff=.4) or known[:5]
     raise ValueError(f"unknown locale {locale!r}; did you mean {', '.join(near)}? {len(known)} are known")
 

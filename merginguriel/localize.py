@@ -96,7 +96,7 @@ def _bodies(base, sources, keys='all', max_elements=1<<17):
     check_arguments(base, sources, 'localize_and_stitch', 'average')
     parts = {k:_without_head(as_model(v, base)) for k,v in sources.items()}
     floats,first = check_tensors(parts),next(iter(parts))
-    _,view,drawn,_ = open_base(base, first, parts[first], floats, 'average')
+    _,view,drawn,_ = open_base(base, first, parts[first], floats, head='average')
     body = [k for k in floats if k not in drawn]
     scan = Scan(view, parts, mask_scope(body, keys), max_elements)
     scan.body = body # What the base has, in scope or not

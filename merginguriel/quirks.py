@@ -1,4 +1,4 @@
-"""Seven faults of the MergingUriel study, each switched on alone, and what it costs
+"""Seven faults of the MergingUriel study, each switched on alone, and what it costs in accuracy
 
 Docs: https://merginguriel.github.io/merginguriel/6_studies/quirks.html.md"""
 
@@ -6,14 +6,15 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/quirks.html.md"""
 
 # %% auto #0
 __all__ = ['quirks', 'Material', 'material', 'Variant', 'drop_heaviest', 'transposed_real', 'sinkhorn_uriel', 'data_assignment',
-           'unshared_heads', 'leaked', 'random_head_leak', 'biased_cka', 'Quirk', 'measure', 'quirk_costs',
+           'unshared_heads', 'leaked', 'random_head_leak', 'biased_cka', 'Quirk', 'measure_quirks', 'quirk_costs',
            'plot_quirks', 'quirk_answer']
 
 # %% ../nbs/6_studies/10_quirks.ipynb #e7bb29bf
-"""The study that this package rebuilds had seven faults that change numbers. Each has a function here that makes two models
-for one target, the right way and the published way, with everything else equal: the same sources, the same base, the same
-text, unless the fault is in choosing them. `measure` tests both on the target's test set and records them; `quirk_costs`
-gives accuracy of the published way minus accuracy of the right way, paired by item; `plot_quirks` draws all seven."""
+"""The study that this package rebuilds had seven faults that change its numbers. Each fault has a function
+here that makes two models for one target, the right way and the published way, with everything else equal:
+the same sources, the same base and the same text, unless the fault lies in choosing them. `measure_quirks`
+tests both models on the target's test set and records the results. `quirk_costs` subtracts the accuracy of
+the right way from that of the published way, paired by test item, and `plot_quirks` draws all seven."""
 
 # %% ../nbs/6_studies/10_quirks.ipynb #6c00195f
 from dataclasses import dataclass,field,replace
@@ -36,6 +37,7 @@ from .evaluate import *
 from .significance import *
 from .compute_compatibility_matrix import *
 from .store import *
+from .data import *
 from .experiment import *
 from .across import *
 
@@ -46,17 +48,20 @@ class Material:
     models:dict # Locale -> model folder
     real:pd.DataFrame # Dev accuracy of each model on each locale, (source × target)
 
+# %% ../nbs/6_studies/10_quirks.ipynb #54fbfc87
 def material(
     e:Experiment, # Data, base, sizes and seed of the models
     locales, # Locales to train a model for
     out='runs', # Folder of models and kept predictions
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+    *,
     progress:bool=False, # Show bars
 )->Material:
     "Models of `locales`, trained now or found, and their N×N matrix on dev"
-    models = {o:e.train(o, out, progress, device) for o in locales}
-    dev = {o:e.dataset_of(o,'dev') for o in locales}
-    return Material(models, real_similarity(nxn(models, dev, Path(out)/'predictions', device=device, progress=progress)))
+    models = {o:e.train(o, out, progress=progress, device=device) for o in locales}
+    dev = {o:e.dataset_of(o, 'dev') for o in locales}
+    matrix = nxn(models, dev, bank=Path(out)/'predictions', device=device, progress=progress)
+    return Material(models, real_similarity(matrix))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #44c448bc
 @dataclass
@@ -66,10 +71,16 @@ class Variant:
     path:Path # Folder of the model
     said:dict = field(default_factory=dict) # What the record must say besides the experiment's fields
 
-def _linear(e, models, weights, out, method='linear', **said):
-    return Variant(e, e.merge_one(method, {o:models[o] for o in weights.index}, weights, out), said)
+def _linear(e, models, weights, out, *, method='linear', **said):
+    "The merge of `models` with these weights; `said` goes into the record"
+    path = e.merge_one(method, {o:models[o] for o in weights.index}, weights, out=out)
+    return Variant(e, path, said)
 
-def _used(variant): return {o['name']:o['share'] for o in load_json(variant.path/'merge_record.json')['sources'] if o['used']}
+# %% ../nbs/6_studies/10_quirks.ipynb #6e1f5226
+def _used(variant):
+    "Source -> share of the merge, of those that were used"
+    sources = load_json(variant.path/'merge_record.json')['sources']
+    return {o['name']:o['share'] for o in sources if o['used']}
 
 # %% ../nbs/6_studies/10_quirks.ipynb #18e4b225
 def drop_heaviest(
@@ -80,8 +91,11 @@ def drop_heaviest(
 )->dict: # 'right' and 'published' -> `Variant`
     "IncTar with all sources, and without the heaviest"
     right = replace(e, include_target=True, target_weight=target_weight)
-    old,w = replace(right, legacy=('drop_heaviest',)),right.select(right.similarity_matrix())
-    return {k:_linear(o, seeds[e.seed].models, o.merged_weights(w), out) for k,o in dict(right=right, published=old).items()}
+    published = replace(right, legacy=('drop_heaviest',))
+    w = right.select(right.similarity_matrix())
+    models = seeds[e.seed].models
+    return dict(right=_linear(right, models, right.merged_weights(w), out),
+        published=_linear(published, models, published.merged_weights(w), out))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #5aae4299
 def transposed_real(
@@ -90,11 +104,12 @@ def transposed_real(
     out='runs', # Folder of merges
 )->dict: # 'right' and 'published' -> `Variant`
     "ExcTar by measured transfer to the target, and by the target's transfer to others"
-    m,right = seeds[e.seed],replace(e, similarity='real', oracle=True)
-    old = replace(right, legacy=('row',))
+    m = seeds[e.seed]
+    right = replace(e, similarity='real', oracle=True)
+    published = replace(right, legacy=('row',))
     touched = check_contract(False, ['target_model'], oracle=True)
     return dict(right=_linear(right, m.models, right.select(m.real), out),
-        published=_linear(old, m.models, old.select(m.real), out, contract=touched))
+        published=_linear(published, m.models, published.select(m.real), out, contract=touched))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #2c50c7cb
 def sinkhorn_uriel(
@@ -104,9 +119,13 @@ def sinkhorn_uriel(
 )->dict: # 'right' and 'published' -> `Variant`
     "ExcTar by URIEL's cosine, and by what Sinkhorn makes of it"
     u = uriel_similarity(list(dict.fromkeys([*study_locales, *e.pool(), e.target])))
-    kept = sinkhorn(((u+1)/2).mask(np.eye(len(u), dtype=bool), 0)).loc[e.target,e.pool()]
-    old = replace(e, legacy=('sinkhorn','row'), k=min(e.k, int((kept>0).sum())))
-    return {k:_linear(o, seeds[e.seed].models, o.select(u), out) for k,o in dict(right=e, published=old).items()}
+    without_itself = ((u+1)/2).mask(np.eye(len(u), dtype=bool), 0)
+    kept = sinkhorn(without_itself).loc[e.target,e.pool()]
+    left = int((kept>0).sum())
+    published = replace(e, legacy=('sinkhorn','row'), k=min(e.k, left))
+    models = seeds[e.seed].models
+    return dict(right=_linear(e, models, e.select(u), out),
+        published=_linear(published, models, published.select(u), out))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #e384b201
 def data_assignment(
@@ -116,8 +135,10 @@ def data_assignment(
     learned:str|dict='adamerging', # The search, as in `Experiment.methods`
 )->dict: # 'right' and 'published' -> `Variant`
     "AdaMerging that learns, and AdaMerging that stays at its start"
-    right,w = replace(e, methods=(learned,)),e.select(e.similarity_matrix())
-    return dict(right=_linear(right, seeds[e.seed].models, w, out, learned), published=_linear(e, seeds[e.seed].models, w, out))
+    right = replace(e, methods=(learned,))
+    w = e.select(e.similarity_matrix())
+    models = seeds[e.seed].models
+    return dict(right=_linear(right, models, w, out, method=learned), published=_linear(e, models, w, out))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #9f4e3486
 def _kept(path, make):
@@ -126,21 +147,37 @@ def _kept(path, make):
         if not (path/'merge_record.json').exists(): make(path)
     return path
 
+def _of_several_seeds(e, seeds, locales):
+    "Locale -> seed of its model: the experiment's, the one after it, and so on"
+    order = list(seeds)
+    first = order.index(e.seed)
+    return {o:order[(first+i)%len(order)] for i,o in enumerate(locales)}
+
+# %% ../nbs/6_studies/10_quirks.ipynb #a3c31acd
+def _mixed_heads(e, start, mixed, w, out, *, head):
+    "Folder of the merge of models whose heads started apart"
+    digests = {o:open_checkpoint(p).digest() for o,p in mixed.items()}
+    key = config_hash([digests, w.to_dict(), open_checkpoint(start).digest()])
+    path = inside(out, 'merged', f'{e.target}-mixed-{head}-{key}')
+    def make(p): merge(start, mixed, p, method='linear', weights=w, head=head, allow_mixed_heads=True)
+    return _kept(path, make)
+
+# %% ../nbs/6_studies/10_quirks.ipynb #b57547ac
 def unshared_heads(
     e:Experiment, # As for `drop_heaviest`
     seeds:dict, # Seed -> `Material`, two or more
     out='runs', # Folder of merges
 )->dict: # 'right', 'published' and 'best' -> `Variant`
     "Sources that started from one head, sources that did not, and those with the head of the heaviest"
-    if len(seeds)<2: raise ValueError(f"heads differ between seeds; give two seeds or more, got {list(seeds)}")
-    order,w,start = list(seeds),e.select(e.similarity_matrix()),e.start()
-    at = [order[(order.index(e.seed)+i)%len(order)] for i in range(len(w))]
-    mixed = {o:seeds[s].models[o] for o,s in zip(w.index, at)}
-    key = config_hash([{o:open_checkpoint(p).digest() for o,p in mixed.items()}, w.to_dict(), open_checkpoint(start).digest()])
+    if len(seeds)<2:
+        raise ValueError(f"heads differ between seeds; give two seeds or more, got {list(seeds)}")
+    w = e.select(e.similarity_matrix())
+    start = e.start()
+    at = _of_several_seeds(e, seeds, w.index)
+    mixed = {o:seeds[s].models[o] for o,s in at.items()}
     def made(head):
-        path = inside(out, 'merged', f'{e.target}-mixed-{head}-{key}')
-        _kept(path, lambda p: merge(start, mixed, p, 'linear', w, head=head, allow_mixed_heads=True))
-        return Variant(replace(e, head=head), path, dict(head_seeds=dict(zip(w.index, at))))
+        path = _mixed_heads(e, start, mixed, w, out, head=head)
+        return Variant(replace(e, head=head), path, dict(head_seeds=at))
     return dict(right=_linear(e, seeds[e.seed].models, w, out), published=made('average'), best=made('best'))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #6d11c22d
@@ -154,49 +191,61 @@ def leaked(
 
 # %% ../nbs/6_studies/10_quirks.ipynb #729fc14f
 def _leak(right, drawn, total, path):
-    a,b = open_checkpoint(right),open_checkpoint(drawn)
+    "Write the model of the folder `right` with the share 1 − `total` of the head in the folder `drawn`"
+    a = open_checkpoint(right)
+    b = open_checkpoint(drawn)
     heads = set(head_keys(a.keys()))
     with atomic_dir(path) as d:
         copy_model_files(right, d)
         with CheckpointWriter(d, {k:(a.dtype(k),a.shape(k)) for k in a}) as w:
-            for k in a: w.write(k, leaked(a.read(k), b.read(k), total) if k in heads else a.read(k))
+            for k in a:
+                t = a.read(k)
+                if k in heads: t = leaked(t, b.read(k), total)
+                w.write(k, t)
         record = dict(right=str(right), drawn=str(drawn), total=total)
         (d/'merge_record.json').write_text(json.dumps(record, indent=1)+'\n', encoding='utf-8')
 
+# %% ../nbs/6_studies/10_quirks.ipynb #ccc5cc81
 def random_head_leak(
     e:Experiment, # As for `drop_heaviest`
     seeds:dict, # Seed -> `Material`
     out='runs', # Folder of merges
+    *,
     k:int=2, # Sources
     scale:float=.3, # λ of each
 )->dict: # 'right', 'published' and 'own_start' -> `Variant`
-    "Task arithmetic with the mean of the heads, over a random head, and over the head that the sources started from"
+    "Task arithmetic with the mean of the heads, over a random head, and over the head of the start"
     method = dict(method='task_arithmetic', scale=scale)
     e = replace(e, k=k, methods=(method,))
-    w = e.select(e.similarity_matrix())
-    w = w*0+1/k
-    right = _linear(e, seeds[e.seed].models, w, out, method)
-    def made(drawn):
-        key = config_hash([open_checkpoint(o).digest() for o in (right.path, drawn)]+[k*scale])
-        return _kept(inside(out, 'merged', f'{e.target}-leak-{key}'), lambda p: _leak(right.path, drawn, k*scale, p))
+    chosen = e.select(e.similarity_matrix())
+    right = _linear(e, seeds[e.seed].models, chosen*0+1/k, out, method=method)
+    total = k*scale
+    def leaking(drawn, name):
+        key = config_hash([open_checkpoint(o).digest() for o in (right.path, drawn)]+[total])
+        path = inside(out, 'merged', f'{e.target}-leak-{key}')
+        _kept(path, lambda p: _leak(right.path, drawn, total, p))
+        return Variant(e, path, dict(leak=1-total, drawn=name))
     fresh = replace(e, seed=e.seed+1000).start() # a head that no source has seen
-    return dict(right=right, published=Variant(e, made(fresh), dict(leak=1-k*scale, drawn='fresh')),
-        own_start=Variant(e, made(e.start()), dict(leak=1-k*scale, drawn='start')))
+    return dict(right=right, published=leaking(fresh, 'fresh'), own_start=leaking(e.start(), 'start'))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #9bfae49e
 def biased_cka(
     e:Experiment, # As for `drop_heaviest`
     seeds:dict, # Seed -> `Material`
     out='runs', # Folder of merges and representations
+    *,
     texts:int=500, # Texts that the models are compared on
     text_locale:str='en-US', # Their locale; the study's was English, from train
 )->dict: # 'right', 'published' and 'similarity' -> `Variant`
-    "Similarity × CKA compatibility from the debiased estimator, from the biased one, and the similarity alone"
-    w,models = e.select(e.similarity_matrix()),seeds[e.seed].models
-    read = shared_texts(e.dataset, text_locale, 'train', texts)[0]
+    "Similarity × CKA compatibility by the debiased and the biased estimator, and the similarity alone"
+    w = e.select(e.similarity_matrix())
+    models = seeds[e.seed].models
+    read = shared_texts(e.dataset, text_locale, 'train', n=texts)[0]
     x = {o:model_features(models[o], read, Path(out)/'features')[0] for o in w.index}
-    made = dict(right='debiased', published='biased')
-    return {k:_linear(e, models, compatibility_weights(w, cka_matrix(x, o)), out, cka=o) for k,o in made.items()} | dict(
+    def weighted(estimator):
+        weights = compatibility_weights(w, cka_matrix(x, estimator))
+        return _linear(e, models, weights, out, cka=estimator)
+    return dict(right=weighted('debiased'), published=weighted('biased'),
         similarity=_linear(e, models, w, out))
 
 # %% ../nbs/6_studies/10_quirks.ipynb #513863c4
@@ -209,56 +258,75 @@ class Quirk:
     study:str # What the study itself reported with the fault in place
 
 # %% ../nbs/6_studies/10_quirks.ipynb #a1d6bf2c
-quirks = dict(
-    drop_heaviest=Quirk(drop_heaviest, 'the heaviest model is dropped', "the target's own model is left out of its merge",
+quirks = {
+    'drop_heaviest':Quirk(drop_heaviest, 'the heaviest model is dropped',
+        "the target's own model is left out of its merge",
         'IncTar: 41.90 for sw-KE and 64.09 for sq-AL; 82.75 and 86.38 once it was kept'),
-    transposed_real=Quirk(transposed_real, 'transfer is read transposed', 'sources are those that the target helps, not that help it',
+    'transposed_real':Quirk(transposed_real, 'transfer is read transposed',
+        'sources are those that the target helps, not that help it',
         'REAL of 5: 48.32 for sw-KE, 67.69 for vi-VN, 41.66 for cy-GB'),
-    sinkhorn=Quirk(sinkhorn_uriel, 'similarity goes through Sinkhorn', 'near languages lose to ones that few others are near',
+    'sinkhorn':Quirk(sinkhorn_uriel, 'similarity goes through Sinkhorn',
+        'near languages lose to ones that few others are near',
         'URIEL of 5: 65.16 for sq-AL, 43.44 for cy-GB'),
-    data_assignment=Quirk(data_assignment, 'AdaMerging never moves', 'weights called learned are the ones it started from',
+    'data_assignment':Quirk(data_assignment, 'AdaMerging never moves',
+        'weights called learned are the ones it started from',
         'AdaMerging: 48.08 for sw-KE against 42.74 of TIES, and a 98 % share of the target, as learned'),
-    unshared_heads=Quirk(unshared_heads, 'heads start apart', 'each source drew its own random classifier before training',
+    'unshared_heads':Quirk(unshared_heads, 'heads start apart',
+        'each source drew its own random classifier before training',
         'not reported as such; every merge of the study has it'),
-    random_head_leak=Quirk(random_head_leak, 'a random head leaks in', 'part of an untrained classifier stays in the merged one',
+    'random_head_leak':Quirk(random_head_leak, 'a random head leaks in',
+        'part of an untrained classifier stays in the merged one',
         'not reported as such; in every merge whose coefficients do not sum to 1'),
-    biased_cka=Quirk(biased_cka, 'CKA is biased', 'models look alike even where they share nothing',
-        'mean CKA .649; weights by it: −.06 points for cy-GB and +.07 for sw-KE'))
+    'biased_cka':Quirk(biased_cka, 'CKA is biased',
+        'models look alike even where they share nothing',
+        'mean CKA .649; weights by it: −.06 points for cy-GB and +.07 for sw-KE')}
 
 # %% ../nbs/6_studies/10_quirks.ipynb #862a8628
-def measure(
+def measure_quirks(
     e:Experiment, # ExcTar by URIEL with the method 'linear'
     seeds:dict, # Seed -> `Material`
     out='runs', # Folder of models, merges and predictions
     store=None, # File of the result store; None: `store.sqlite` in `out`
+    *,
     options:dict|None=None, # Name of a quirk -> options of its function
     names=tuple(quirks), # Quirks to measure
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
 )->dict: # Quirk -> variant -> `Accuracy` on the target's test set
     "Make, test and record both ways of each quirk for one target and seed"
-    found,options = {},options or {}
+    found = {}
+    s = Store(store or Path(out)/'store.sqlite')
     for q in names:
-        o = options.get(q, {})
-        made = quirks[q].make(e, seeds, out, **o)
+        given = (options or {}).get(q, {})
+        made = quirks[q].make(e, seeds, out, **given)
         found[q] = e.test_models({k:v.path for k,v in made.items()}, out, device)
         for k,a in found[q].items():
-            config = made[k].experiment.config() | made[k].said | dict(quirk=q, variant=k, quirk_options=o)
-            Store(store or Path(out)/'store.sqlite').record(config, [a.row(name=k, locale=e.target, split='test')])
+            said = dict(quirk=q, variant=k, quirk_options=given)
+            config = made[k].experiment.config()|made[k].said|said
+            s.record(config, [a.row(name=k, locale=e.target, split='test')])
     return found
 
 # %% ../nbs/6_studies/10_quirks.ipynb #1ba1b80f
+def _correct(found, quirk, variant):
+    "Target -> right answers of each seed, of one variant of a quirk"
+    out = {}
+    for (target,_),r in found.items(): out.setdefault(target, []).append(r[quirk][variant].correct)
+    return out
+
+# %% ../nbs/6_studies/10_quirks.ipynb #3d184a81
 def quirk_costs(
-    found:dict, # (target, seed) -> what `measure` returned
+    found:dict, # (target, seed) -> what `measure_quirks` returned
     dataset:str='massive', # Where the test items are from
-)->pd.DataFrame: # One row per variant and target: a (the variant), b, target, gain, low, high, p, holm, verdict
+)->pd.DataFrame: # Row per variant and target: a (the variant), b, target, gain, low, high, p, holm, verdict
     "Accuracy of each variant minus accuracy of the right way, in every target, paired by item"
-    targets,frames = list(dict.fromkeys(t for t,_ in found)),[]
     first = next(iter(found.values()))
-    one = lambda q,v,t: [r[q][v].correct for (o,_),r in found.items() if o==t]
-    for q,v in [(q,v) for q in first for v in first[q] if v!='right']:
-        a,b = ({t:one(q, o, t) for t in targets} for o in (v,'right'))
-        groups = {t:item_origins(b[t][0].index, dataset) for t in targets}
-        frames.append(differences(a, b, (q if v=='published' else f'{q}: {v}', 'right'), groups))
+    frames = []
+    for q,variants in first.items():
+        right = _correct(found, q, 'right')
+        groups = {t:item_origins(runs[0].index, dataset) for t,runs in right.items()}
+        for v in variants:
+            if v=='right': continue
+            name = q if v=='published' else f'{q}: {v}'
+            frames.append(differences(_correct(found, q, v), right, (name,'right'), groups=groups))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/6_studies/10_quirks.ipynb #3fa17295
@@ -266,9 +334,24 @@ def _points(r):
     "Mean and interval in points, with a second decimal where the first says nothing"
     x = [100*o for o in (r.gain,r.low,r.high)]
     d = 2 if max(map(abs, x))<.5 else 1
-    m,l,h = (f'{round(o, d)+0.:+.{d}f}'.replace('-','−') for o in x) # + 0. makes −0 a 0
-    return f'{m} [{l}, {h}]'
+    def word(value): return f'{round(value, d)+0.:+.{d}f}'.replace('-','−') # + 0. makes −0 a 0
+    mean,low,high = map(word, x)
+    return f'{mean} [{low}, {high}]'
 
+# %% ../nbs/6_studies/10_quirks.ipynb #db07e7ee
+def _draw_quirk(ax, y, r, gains):
+    "One quirk at height `y`: its mean and interval, the gains of the targets, and what it is"
+    x = 100*gains
+    ax.scatter(x, y-.22+.1*(np.arange(len(x))%2-.5), s=9, color='#999999', lw=0)
+    ax.hlines(y, 100*r.low, 100*r.high, color='#0072b2', lw=3)
+    ax.plot(100*r.gain, y, 'D', color='#0072b2', ms=7, mfc='#0072b2' if r.holm<=.05 else 'white')
+    beside = dict(transform=ax.get_yaxis_transform())
+    q = quirks[r.a]
+    ax.text(1.02, y, _points(r), va='center', fontsize='small', **beside)
+    ax.text(-.02, y+.12, q.title, va='bottom', ha='right', weight='bold', **beside)
+    ax.text(-.02, y+.08, q.means, va='top', ha='right', fontsize='small', color='#555555', **beside)
+
+# %% ../nbs/6_studies/10_quirks.ipynb #cc64170c
 def plot_quirks(
     costs:pd.DataFrame, # From `quirk_costs`
     means:pd.DataFrame, # `mean_gains` of it
@@ -278,23 +361,22 @@ def plot_quirks(
     from matplotlib import pyplot as plt
     m = means[means.a.isin(quirks)].sort_values('gain', ascending=False).reset_index(drop=True)
     if ax is None: ax = plt.subplots(figsize=(6.5, .9+.62*len(m)))[1]
-    for y,r in m.iterrows():
-        x = 100*costs[costs.a==r.a].gain
-        ax.scatter(x, y-.22+.1*(np.arange(len(x))%2-.5), s=9, color='#999999', lw=0)
-        ax.hlines(y, 100*r.low, 100*r.high, color='#0072b2', lw=3)
-        ax.plot(100*r.gain, y, 'D', color='#0072b2', ms=7, mfc='#0072b2' if r.holm<=.05 else 'white')
-        ax.text(1.02, y, _points(r), va='center', transform=ax.get_yaxis_transform(), fontsize='small')
-        ax.text(-.02, y+.12, quirks[r.a].title, va='bottom', ha='right', transform=ax.get_yaxis_transform(), weight='bold')
-        ax.text(-.02, y+.08, quirks[r.a].means, va='top', ha='right', transform=ax.get_yaxis_transform(), fontsize='small', color='#555555')
+    for y,r in m.iterrows(): _draw_quirk(ax, y, r, costs[costs.a==r.a].gain)
     ax.axvline(0, color='k', lw=1.2)
     n = m.targets.iloc[0]
     ax.set(yticks=[], ylim=(-.6, len(m)-.4), xlabel='test accuracy, published way minus right way (points)\n'
         f'diamond and bar: mean over {n} languages and its 95 % interval; dots: languages')
-    ax.text(1.02, len(m)-.45, 'points [95 %]', transform=ax.get_yaxis_transform(), fontsize='small', color='#555555')
+    ax.text(1.02, len(m)-.45, 'points [95 %]', transform=ax.get_yaxis_transform(), fontsize='small',
+        color='#555555')
     for side in ('left','right','top'): ax.spines[side].set_visible(False)
     return ax
 
 # %% ../nbs/6_studies/10_quirks.ipynb #bd35b7c0
+def _listed(means):
+    "The quirks of these rows with their costs, in words"
+    return '; '.join(f"{quirks[r.a].title} {_points(r)}" for r in means.itertuples())
+
+# %% ../nbs/6_studies/10_quirks.ipynb #cdfefa14
 def quirk_answer(
     means:pd.DataFrame, # `mean_gains` of `quirk_costs`
     data:str, # What the numbers are of, e.g. 'MASSIVE with the mini base'
@@ -303,8 +385,8 @@ def quirk_answer(
     "Which quirks cost something, dearest first"
     m = means[means.a.isin(quirks)].sort_values('gain')
     sure = m.holm<=.05
-    say = lambda d: '; '.join(f"{quirks[r.a].title} {_points(r)}" for r in d.itertuples())
     kinds = {'worse':m[sure&(m.gain<0)], 'better':m[sure&(m.gain>0)], 'not shown to differ':m[~sure]}
-    parts = [f'{k}: {say(d)}' for k,d in kinds.items() if len(d)]
-    return (f"{data}, mean over {m.targets.iloc[0]} targets with {n_seeds} seed{'s'*(n_seeds>1)} each, the published way against the right "
-        f"one, in points — {' — '.join(parts)}.")
+    parts = [f'{k}: {_listed(d)}' for k,d in kinds.items() if len(d)]
+    seeds = 'seed' if n_seeds==1 else 'seeds'
+    return (f"{data}, mean over {m.targets.iloc[0]} targets with {n_seeds} {seeds} each, "
+        f"the published way against the right one, in points — {' — '.join(parts)}.")

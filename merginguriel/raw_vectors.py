@@ -55,8 +55,8 @@ def view_with(
     own:dict, # Name -> tensor
 )->Checkpoint: # `view` and those of `own` that it lacks
     "An open checkpoint and some tensors in memory as one"
-    more = open_checkpoint(own)._entries if own else {}
-    return Checkpoint(view.path, {**more, **view._entries})
+    more = open_checkpoint(own).entries if own else {}
+    return Checkpoint(view.path, {**more, **view.entries})
 
 # %% ../nbs/2_merging/83_raw_vectors.ipynb #c870b2ff
 def _lacking(view, parts, spec):
@@ -121,7 +121,7 @@ def _saved_heads(file):
     heads = {}
     for k in file:
         task,_,name = k.rpartition('/')
-        heads.setdefault(task, {})[name] = file._entry(k)
+        heads.setdefault(task, {})[name] = file.entry(k)
     return {t:Checkpoint(file.path, v) for t,v in heads.items()}
 
 # %% ../nbs/2_merging/83_raw_vectors.ipynb #7fe01a43

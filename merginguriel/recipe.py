@@ -8,11 +8,12 @@ Docs: https://merginguriel.github.io/merginguriel/7_command/recipe.html.md"""
 __all__ = ['Recipe', 'read_recipe', 'run_recipe', 'recipe_cost']
 
 # %% ../nbs/7_command/10_recipe.ipynb #4048bad1
-"""Published merges come with a [mergekit](https://github.com/arcee-ai/mergekit) configuration. `read_recipe` reads
-one for `linear`, `task_arithmetic`, `ties`, `slerp`, `dare_linear` and `dare_ties` and says what `merge` would do
-for it: which method, with which weights and hyperparameters, chosen so that the encoder comes out as mergekit
-makes it. Where the two differ it is said, in `notes` or as an error. A key that is not understood is an error; a
-recipe is never run in part. `run_recipe` runs it. Sources may be adapters, and the base a masked language model."""
+"""Published merges come with a [mergekit](https://github.com/arcee-ai/mergekit) configuration. `read_recipe`
+reads one for `linear`, `task_arithmetic`, `ties`, `slerp`, `dare_linear` and `dare_ties` and says what
+`merge` would do for it: which method, with which weights and hyperparameters, chosen so that the encoder
+comes out as mergekit makes it. Where the two differ it is said, in `notes` or as an error. A key that is
+not understood is an error; a recipe is never run in part. `run_recipe` runs it. Sources may be adapters,
+and the base a masked language model."""
 
 # %% ../nbs/7_command/10_recipe.ipynb #4f17254a
 import json,math
@@ -28,55 +29,68 @@ from .card import *
 from .adapter import *
 from .merge import *
 
-# %% ../nbs/7_command/10_recipe.ipynb #6e1b9564
+# %% ../nbs/7_command/10_recipe.ipynb #1c28b11f
 _methods = { # Name in mergekit -> settings it reads, with mergekit's defaults; None: must be given
     'linear':dict(weight=None, normalize=True),
-    'task_arithmetic':dict(weight=None, density=1., normalize=False, rescale=False, int8_mask=False, **{'lambda':1.}),
+    'task_arithmetic':dict(weight=None, density=1., normalize=False, rescale=False, int8_mask=False,
+    **{'lambda':1.}),
     'ties':dict(weight=None, density=1., normalize=True, rescale=False, int8_mask=False, **{'lambda':1.}),
-    'dare_linear':dict(weight=None, density=1., normalize=False, rescale=True, int8_mask=False, **{'lambda':1.}),
-    'dare_ties':dict(weight=None, density=1., normalize=False, rescale=True, int8_mask=False, **{'lambda':1.}),
+    'dare_linear':dict(weight=None, density=1., normalize=False, rescale=True, int8_mask=False,
+    **{'lambda':1.}),
+    'dare_ties':dict(weight=None, density=1., normalize=False, rescale=True, int8_mask=False,
+    **{'lambda':1.}),
     'slerp':dict(t=None)}
 _keys = 'merge_method models slices base_model parameters dtype out_dtype tokenizer_source tokenizer'.split()
 
+# %% ../nbs/7_command/10_recipe.ipynb #e89be463
 def _known(o, keys, where):
-    if not isinstance(o, dict): raise ValueError(f"{where} of the recipe is a table of settings; got {str(o)[:60]!r}")
+    if not isinstance(o, dict):
+        raise ValueError(f"{where} of the recipe is a table of settings; got {str(o)[:60]!r}")
     if bad := sorted(set(map(str, o))-set(keys)):
-        raise ValueError(f"{where} of the recipe has {', '.join(map(repr, bad))}; supported there: {', '.join(keys)}")
+        raise ValueError(f"{where} of the recipe has {', '.join(map(repr, bad))}; supported there: "
+            f"{', '.join(keys)}")
     return o
 
+# %% ../nbs/7_command/10_recipe.ipynb #6e1b9564
 def _number(o, what):
     "A setting as one number"
     if isinstance(o, dict) and set(o)=={'value'}: return _number(o['value'], what)
     if isinstance(o, list) and len(o)==1 and isinstance(o[0], dict): return _number(o[0], what)
-    if isinstance(o, (list,dict)): raise ValueError(f"{what} is a list by filter or depth, which is not supported; give one number")
+    if isinstance(o, (list,dict)):
+        raise ValueError(f"{what} is a list by filter or depth, which is not supported; give one number")
     try: v = float(o)
     except (TypeError,ValueError): v = math.nan
     if not math.isfinite(v): raise ValueError(f"{what} is a number; got {o!r}")
     return v
 
-# %% ../nbs/7_command/10_recipe.ipynb #cfc5bc8f
+# %% ../nbs/7_command/10_recipe.ipynb #a8289a86
 def _entries(config):
     "(model, its settings, those of its slice) of each model"
     if ('models' in config)==('slices' in config): raise ValueError("a recipe has either models or slices")
     if 'models' in config: rows,more,keys = config['models'],{},['model','parameters']
     else:
-        if len(config['slices'])!=1: raise ValueError(f"a recipe of {len(config['slices'])} slices stacks layers of different models; "
-            "one slice of whole models is supported")
+        if len(config['slices'])!=1:
+            raise ValueError(f"a recipe of {len(config['slices'])} slices stacks layers of different models; "
+                "one slice of whole models is supported")
         s = _known(config['slices'][0], ['sources','parameters'], 'a slice')
-        rows,more,keys = s.get('sources'),s.get('parameters') or {},['model','layer_range','parameters']
+        rows = s.get('sources')
+        more = s.get('parameters') or {}
+        keys = ['model','layer_range','parameters']
     rows = [_known(o, keys, 'a model') for o in rows or []]
     if not rows or not all(isinstance(o.get('model'), str) for o in rows):
         raise ValueError("a recipe names each model by a path or hub name")
     return [(o['model'], o.get('parameters') or {}, more) for o in rows]
 
+# %% ../nbs/7_command/10_recipe.ipynb #cfc5bc8f
 def _check_layers(config):
     for o in config['slices'][0]['sources'] if 'slices' in config else []:
         c = load_json(_folder_of(o['model'])/'config.json')
         n = next((c[k] for k in ('num_hidden_layers','n_layers','n_layer') if k in c), None)
-        if o.get('layer_range') not in (None,[0,n]): raise ValueError(f"{o['model']} has {n} layers, and the recipe takes "
-            f"{o['layer_range']} of them; only whole models are supported")
+        if o.get('layer_range') not in (None,[0,n]):
+            raise ValueError(f"{o['model']} has {n} layers, and the recipe takes "
+                f"{o['layer_range']} of them; only whole models are supported")
 
-# %% ../nbs/7_command/10_recipe.ipynb #1ccd9e6c
+# %% ../nbs/7_command/10_recipe.ipynb #ba84cca2
 @dataclass
 class Recipe:
     "A merge as `merge` takes it"
@@ -90,111 +104,140 @@ class Recipe:
     notes:list = field(default_factory=list) # What a reader used to mergekit should know
     config:dict = field(default_factory=dict) # The recipe as it was read
 
+# %% ../nbs/7_command/10_recipe.ipynb #d728727d
 def _names(models):
     "Model -> short name: the last part of its path, or the whole path where two have the same"
     short = [Path(m.split('+')[-1]).name for m in models]
-    if len(set(models))<len(models): raise ValueError(f"a model stands twice in the recipe: {sorted(models)}; add its weights up")
+    if len(set(models))<len(models):
+        raise ValueError(f"a model stands twice in the recipe: {sorted(models)}; add its weights up")
     return {m:s if short.count(s)==1 else m for s,m in zip(short, models)}
 
+# %% ../nbs/7_command/10_recipe.ipynb #1ccd9e6c
 def _settings(method, entries, config):
     "Settings of the merge; model -> settings of its own"
     known = _methods[method]
-    own,top = [k for k in ('weight','density') if k in known],_known(config.get('parameters') or {}, known, 'parameters')
+    own = [k for k in ('weight','density') if k in known]
+    top = _known(config.get('parameters') or {}, known, 'parameters')
     for m,near,far in entries:
         _known(near, own, f'parameters of {m}')
         _known(far, known, 'parameters of a slice')
     def find(k, *levels):
         o = next((o[k] for o in (*levels,top) if k in o), known[k])
-        if o is None: raise ValueError(f"{method} needs a {k}, and the recipe gives none; write it under parameters")
+        if o is None:
+            raise ValueError(f"{method} needs a {k}, and the recipe gives none; write it under parameters")
         return _number(o, k)
     shared = {k:find(k, entries[0][2]) for k in known if k not in own}
     return shared,lambda m: {k:find(k, *next((near,far) for n,near,far in entries if n==m)) for k in own}
 
-# %% ../nbs/7_command/10_recipe.ipynb #d6900835
+# %% ../nbs/7_command/10_recipe.ipynb #a30df65d
 def _one_density(own):
     ds = {o['density'] for o in own.values()}
-    if len(ds)>1: raise ValueError(f"the sources have different densities, {sorted(ds)}; one density for all is supported")
+    if len(ds)>1:
+        raise ValueError(f"the sources have different densities, {sorted(ds)}; one density for all is "
+            "supported")
     return ds.pop()
 
 def _linear(shared, own):
     w = {k:o['weight'] for k,o in own.items()}
-    if not shared['normalize'] and abs(sum(w.values())-1)>1e-6: raise ValueError(f"linear without normalize, with weights that sum to "
-        f"{sum(w.values()):g}, scales the whole model by that number; let them sum to 1")
+    if not shared['normalize'] and abs(sum(w.values())-1)>1e-6:
+        raise ValueError(f"linear without normalize, with weights that sum to "
+            f"{sum(w.values()):g}, scales the whole model by that number; let them sum to 1")
     return 'linear',w,{},[]
 
+# %% ../nbs/7_command/10_recipe.ipynb #65aced0d
 def _arithmetic(shared, own, dare=False):
-    w,d = {k:o['weight'] for k,o in own.items()},_one_density(own)
+    w = {k:o['weight'] for k,o in own.items()}
+    d = _one_density(own)
     if shared['normalize'] and abs(total := sum(w.values()))>=1e-8: w = {k:v/total for k,v in w.items()}
     hp = dict(scale=shared['lambda'])
     if dare: return _dare(shared, d, w, 'task_arithmetic', hp)
     return 'task_arithmetic',w,hp,["task_arithmetic does not use density, here as in mergekit"]*(d!=1)
 
+# %% ../nbs/7_command/10_recipe.ipynb #d6900835
 def _ties(shared, own, dare=False):
-    w,d = {k:o['weight'] for k,o in own.items()},_one_density(own)
+    w = {k:o['weight'] for k,o in own.items()}
+    d = _one_density(own)
     hp = dict(density=d, scale=shared['lambda'], combine='mean' if shared['normalize'] else 'sum')
     if dare: return _dare(shared, d, w, 'ties', hp|dict(density=1.))
-    if shared['rescale'] and d<1: raise ValueError("ties with rescale is not supported; leave rescale out, as the paper does")
+    if shared['rescale'] and d<1:
+        raise ValueError("ties with rescale is not supported; leave rescale out, as the paper does")
     return 'ties',w,hp|dict(scope='tensor'),[]
 
 def _dare(shared, density, w, then, hp):
-    note = "the entries that are dropped are drawn from this package's own seed, so they are others than mergekit drops"
-    return 'dare',w,dict(drop=1-density, then=then, hp=hp, rescale='l1' if shared['rescale'] else 'none'),[note]*(density<1)
+    note = "the entries to drop are drawn from this package's own seed, so mergekit drops others"
+    return 'dare',w,dict(drop=1-density, then=then, hp=hp,
+        rescale='l1' if shared['rescale'] else 'none'),[note]*(density<1)
 
-# %% ../nbs/7_command/10_recipe.ipynb #9350b68b
+# %% ../nbs/7_command/10_recipe.ipynb #0a8ecc21
 def _slerp(shared, models, base):
     if base is None or len(set(models)-{base})!=1:
         raise ValueError(f"slerp goes from base_model to one other model; got {base} and {models}")
     other, = set(models)-{base}
     names = _names([base,other])
-    return 'slerp',dict(zip(names.values(), (1-shared['t'],shared['t']))),dict(of='models', scope='tensor'),[],names
+    return 'slerp',dict(zip(names.values(), (1-shared['t'],shared['t']))),dict(of='models',
+        scope='tensor'),[],names
 
+# %% ../nbs/7_command/10_recipe.ipynb #9350b68b
 def _chosen(method, entries, config, base):
     "Method, weights, hyperparameters, notes, and model -> name"
     shared,own = _settings(method, entries, config)
     models = [m for m,_,_ in entries]
     if method=='slerp': return _slerp(shared, models, base)
-    if method!='linear' and base is None: raise ValueError(f"{method} needs base_model, and the recipe names none")
-    notes = [f"{base} is the base: what the recipe says of it as a source has no effect"] if method!='linear' and base in models else []
+    if method!='linear' and base is None:
+        raise ValueError(f"{method} needs base_model, and the recipe names none")
+    notes = []
+    if method!='linear' and base in models:
+        notes = [f"{base} is the base: what the recipe says of it as a source has no effect"]
     names = _names([m for m in models if method=='linear' or m!=base])
     given = {k:own(m) for m,k in names.items()}
     if method=='linear': out = _linear(shared, given)
-    elif method in ('task_arithmetic','dare_linear'): out = _arithmetic(shared, given, method!='task_arithmetic')
+    elif method in ('task_arithmetic','dare_linear'):
+        out = _arithmetic(shared, given, method!='task_arithmetic')
     else: out = _ties(shared, given, method!='ties')
     return *out[:3],notes+out[3],names
 
-# %% ../nbs/7_command/10_recipe.ipynb #c28ecacf
+# %% ../nbs/7_command/10_recipe.ipynb #09a557b3
 _dtypes = ('float32','float16','bfloat16','float64')
 
+# %% ../nbs/7_command/10_recipe.ipynb #c28ecacf
 def read_recipe(
     config, # YAML file, or what it holds as a dictionary
 )->Recipe:
     "A mergekit configuration, checked and translated"
     if not isinstance(config, dict):
         try: config = yaml.safe_load(Path(config).read_text(encoding='utf-8'))
-        except yaml.YAMLError as e: raise ValueError(f"{config} is not YAML: {' '.join(str(e).split())}") from e
+        except yaml.YAMLError as e:
+            raise ValueError(f"{config} is not YAML: {' '.join(str(e).split())}") from e
     method = _known(config, _keys, 'the top').get('merge_method')
-    if method not in _methods: raise ValueError(f"merge_method is one of {', '.join(_methods)}; got {method!r}")
-    base,entries = config.get('base_model'),_entries(config)
+    if method not in _methods:
+        raise ValueError(f"merge_method is one of {', '.join(_methods)}; got {method!r}")
+    base = config.get('base_model')
+    entries = _entries(config)
     name,weights,hp,notes,names = _chosen(method, entries, config, base)
     dtype = config.get('out_dtype') or config.get('dtype')
     if dtype not in (None,*_dtypes): raise ValueError(f"dtype is one of {', '.join(_dtypes)}; got {dtype!r}")
-    words = config.get('tokenizer_source') or _known(config.get('tokenizer') or {}, ['source'], 'tokenizer').get('source')
+    words = config.get('tokenizer_source') or _known(config.get('tokenizer') or {}, ['source'],
+        'tokenizer').get('source')
     if words not in (None,'union','base',base,*names):
         raise ValueError(f"the tokenizer is 'union', 'base' or a model of the recipe; got {words!r}")
-    if name!='linear': notes.append("mergekit merges the classifier head like any tensor; here the head policy decides")
-    return Recipe(name, None if base in names and name=='linear' else base, {k:m for m,k in names.items()}, weights, hp, dtype,
+    if name!='linear':
+        notes.append("mergekit merges the classifier head like any tensor; here the head policy decides")
+    return Recipe(name, None if base in names and name=='linear' else base, {k:m for m,k in names.items()},
+        weights, hp, dtype,
         None if words=='union' else base if words=='base' else words, notes, config)
 
-# %% ../nbs/7_command/10_recipe.ipynb #5c7002ca
+# %% ../nbs/7_command/10_recipe.ipynb #721ccc5c
 def _folder_of(model):
     "Folder of a model or an adapter; of `path+adapter`, the model's"
     return Path(model) if Path(model).exists() else resolve_model(model.split('+')[0])
 
 def _model(model, base, labels):
     "Folder of a whole model"
-    if not Path(model).exists() and '+' in model: return apply_adapter(_folder_of(model), model.split('+', 1)[1], labels=labels)
+    if not Path(model).exists() and '+' in model:
+        return apply_adapter(_folder_of(model), model.split('+', 1)[1], labels=labels)
     return as_model(_folder_of(model), base, labels)
 
+# %% ../nbs/7_command/10_recipe.ipynb #1c24f402
 def _opened(recipe, labels):
     "Recipe, base, and name -> model"
     r = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
@@ -202,6 +245,7 @@ def _opened(recipe, labels):
     base = r.base and _model(r.base, None, labels)
     return r,base,{k:_model(m, base, labels) for k,m in r.sources.items()}
 
+# %% ../nbs/7_command/10_recipe.ipynb #5c7002ca
 def _finish(d, recipe, report, tokenizer, name):
     "Type, tokenizer and record of the result in `d`"
     record = report.record|dict(recipe=recipe.config, notes=recipe.notes)
@@ -210,12 +254,17 @@ def _finish(d, recipe, report, tokenizer, name):
     floats = {k for k in c if c.dtype(k).is_floating_point}
     if dt and {c.dtype(k) for k in floats}!={dt}:
         with CheckpointWriter(d, {k:(dt if k in floats else c.dtype(k),c.shape(k)) for k in c}) as w:
-            for k in c: w.write(k, check_finite(c.read(k).to(dt), f'{k} as {recipe.dtype}') if k in floats else c.read(k))
-        record['dtypes'] = sorted({recipe.dtype}|{str(c.dtype(k)).removeprefix('torch.') for k in set(c)-floats})
+            for k in c:
+                w.write(k, check_finite(c.read(k).to(dt), f'{k} as {recipe.dtype}') if k in floats
+                    else c.read(k))
+        record['dtypes'] = sorted({recipe.dtype}|{str(c.dtype(k)).removeprefix('torch.')
+            for k in set(c)-floats})
         if (p := d/'config.json').is_file():
-            p.write_text(json.dumps(load_json(p)|dict(dtype=recipe.dtype), indent=2, ensure_ascii=False), encoding='utf-8')
+            p.write_text(json.dumps(load_json(p)|dict(dtype=recipe.dtype), indent=2, ensure_ascii=False),
+                encoding='utf-8')
     if tokenizer: copy_model_files(tokenizer, d, config=False)
-    (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    (d/'merge_record.json').write_text(json.dumps(record, indent=1, ensure_ascii=False)+'\n',
+    encoding='utf-8')
     write_card(d, name=name)
     return record
 
@@ -228,7 +277,7 @@ def run_recipe(
     labels=None, # Names of the labels of adapters, in id order
     allow_mixed_heads:bool=False, # Average heads of different initialisations all the same
     allow_generic:bool=False, # Compare placeholder labels with names by number
-    replace:bool=False, # Replace an earlier merge in `out`, which holds nothing else (True), or refuse (False)
+    replace:bool=False, # Replace an earlier merge in `out` if nothing else is in it, or refuse (False)
 )->MergeReport:
     "Merge as a mergekit recipe says"
     out = check_out(out, replace)
@@ -249,9 +298,11 @@ def recipe_cost(
 )->MergeCost:
     "What `run_recipe` will cost"
     r,base,sources = _opened(recipe, labels)
-    cost,models = merge_cost(base, sources, r.method, r.weights, head=head, seed=seed, **r.hp),[open_checkpoint(o) for o in sources.values()]
+    cost = merge_cost(base, sources, r.method, r.weights, head=head, seed=seed, **r.hp)
+    models = [open_checkpoint(o) for o in sources.values()]
     kinds = {m.dtype(k) for m in models for k in m if m.dtype(k).is_floating_point}
     if not r.dtype or kinds=={getattr(torch, r.dtype)}: return cost
-    again = sum(math.prod(m.shape(k))*(getattr(torch, r.dtype) if m.dtype(k).is_floating_point else m.dtype(k)).itemsize
+    again = sum(math.prod(m.shape(k))*(getattr(torch, r.dtype) if m.dtype(k).is_floating_point
+        else m.dtype(k)).itemsize
         for m in models[:1] for k in m)
     return changed(cost, read=cost.read+cost.written, written=cost.written+again)

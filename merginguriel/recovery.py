@@ -27,11 +27,8 @@ from fastcore.basics import patch
 from .core import *
 from .checkpoint import *
 from .base_model import *
-from .base_model import _modern
-
-# %% ../nbs/2_merging/10_recovery.ipynb #814fda6e
+from .encoder import *
 from .task_vector import *
-from .task_vector import _in_order,_pick,_stacked
 
 # %% ../nbs/2_merging/10_recovery.ipynb #0a1c416e
 def energy_left(
@@ -85,7 +82,7 @@ def _prefix(keys):
 # %% ../nbs/2_merging/10_recovery.ipynb #2ae01d2a
 def _found(ckpt, shapes):
     "Name in `shapes` -> name in `ckpt`, with or without a prefix"
-    have = {_modern(k):k for k in ckpt}
+    have = {modern_name(k):k for k in ckpt}
     pre = _prefix(shapes)
     own = _prefix(ckpt)
     found = {}
@@ -102,7 +99,7 @@ def _named(ckpt, shapes):
     "`ckpt` under the names in `shapes`; those that it lacks; those of another shape or kind"
     found = _found(ckpt, shapes)
     other = [k for k,o in found.items() if ckpt.shape(o)!=shapes[k] or not ckpt.dtype(o).is_floating_point]
-    fit = {k:ckpt._entry(o) for k,o in found.items() if k not in other}
+    fit = {k:ckpt.entry(o) for k,o in found.items() if k not in other}
     return Checkpoint(ckpt.path, fit),[k for k in shapes if k not in found],other
 
 # %% ../nbs/2_merging/10_recovery.ipynb #5b5c6493
@@ -151,7 +148,7 @@ def open_models(
     opened = {k:open_checkpoint(v) for k,v in files.items()}
     ref = opened[min(sources)]
     floats = [k for k in ref if ref.dtype(k).is_floating_point and math.prod(ref.shape(k))]
-    shapes = {k:ref.shape(k) for k in _pick(floats, exclude)}
+    shapes = {k:ref.shape(k) for k in kept_tensors(floats, exclude)}
     named = {k:_named(v, shapes) for k,v in opened.items()}
     views,lack,other = ({k:o[i] for k,o in named.items()} for i in range(3))
     drawn = _drawn(base, lack['the base'])|set(head_keys(floats))
@@ -201,7 +198,7 @@ def _measure(m):
         eps = torch.finfo(models['the merged model'].dtype(k)).eps
         for rows in row_blocks(m.shapes[k], 1<<19):
             with one_thread():
-                for x in _stacked(list(models.values()), k, rows):
+                for x in stacked_pieces(list(models.values()), k, rows):
                     gram[i] += products(x.double()).numpy()
                     counts[i] += _count(x, eps).numpy()
         if not np.isfinite(gram[i]).all(): check_values(models, k)
@@ -348,7 +345,7 @@ def recover(
     tiny = 1e-7*math.sqrt(gram[:,-1,-1].sum())
     whole = _fit(m, gram, counts, list(range(len(m.body))), tiny)
     where = [tensor_block(k) for k in m.body]
-    places = {b:[i for i,o in enumerate(where) if o==b] for b in _in_order(set(where))}
+    places = {b:[i for i,o in enumerate(where) if o==b] for b in block_order(set(where))}
     blocks = {b:_fit(m, gram, counts, at) for b,at in places.items()}
     tensors = {k:_fit(m, gram, counts, [i]) for i,k in enumerate(m.body)}
     return Recovered(m, whole=whole, blocks=blocks, tensors=tensors, counts=_by_name(m, counts))

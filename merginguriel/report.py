@@ -10,12 +10,13 @@ __all__ = ['basis_colours', 'method_colour', 'comparison', 'plot_gain', 'plot_we
            'plot_ranks', 'plot_scaling', 'report_tables', 'as_text', 'Diff', 'diff']
 
 # %% ../nbs/5_runs/25_report.ipynb #39ed79f3
-"""A report draws tidy frames: `comparison` lays the scores of one or several runs out as a
-table, `plot_gain` shows what each merge gained over each baseline, `plot_weights` who was merged with how much, `plot_nxn`
-the accuracy of every model on every locale, `plot_retained` what M bases keep. Each plot answers one question on `ax` and
-returns it. Locales are ordered by value, every estimate carries its interval, and a method or a kind of bases keeps its colour
-in every figure. `report_tables` needs nothing but a store: accuracies, gains, win rates and ranks of every recipe in it, each
-with the hashes of its runs. `diff` says why two of these numbers differ."""
+"""A report draws tidy frames: `comparison` lays the scores of one or several runs out as a table, `plot_gain`
+shows what each merge gained over each baseline, `plot_weights` who was merged with how much, `plot_nxn` the
+accuracy of every model on every locale, `plot_retained` what M bases keep. Each plot answers one question
+on `ax` and returns it. Locales are ordered by value, every estimate carries its interval, and a method or a
+kind of bases keeps its colour in every figure. `report_tables` needs nothing but a store: accuracies,
+gains, win rates and ranks of every recipe in it, each with the hashes of its runs. `diff` says why two of
+these numbers differ."""
 
 # %% ../nbs/5_runs/25_report.ipynb #185e01d2
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from .evaluate import *
 from .significance import *
 from .store import *
 from .store import _flat
+from .data import *
 from .experiment import *
+from .gains import *
 
 # %% ../nbs/5_runs/25_report.ipynb #2faf5a4c
 _palette = ['#0072b2','#e69f00','#009e73','#cc79a7','#56b4e9','#d55e00','#8c564b']
@@ -43,30 +46,36 @@ def method_colour(
     return _grey if name in ('own','best_zero_shot','best_source','mean_source','uniform') else _palette[-1]
 
 # %% ../nbs/5_runs/25_report.ipynb #cd61f877
-basis_colours = dict(all='#000000', ae='#0072b2', linear_ae='#56b4e9', svd='#009e73', pca='#8fd0bb', cluster='#d55e00', linkage='#7f3800',
-    random_cluster='#e6a98b', subset='#cc79a7', random='#999999', pretrained='#bbbbbb') # Kind of bases -> its one colour
+basis_colours = dict(all='#000000', ae='#0072b2', linear_ae='#56b4e9', svd='#009e73', pca='#8fd0bb',
+    cluster='#d55e00', linkage='#7f3800',
+    random_cluster='#e6a98b', subset='#cc79a7', random='#999999',
+    pretrained='#bbbbbb') # Kind of bases -> its one colour
 basis_colours |= {'random clusters':'#e6a98b', 'cluster ties':'#b8860b', 'cluster topk':'#6a51a3'}
 
-# %% ../nbs/5_runs/25_report.ipynb #55a8ed66
+# %% ../nbs/5_runs/25_report.ipynb #83341664
 def _runs(hashes): return ' '.join(dict.fromkeys(h[:8] for h in hashes))
 
+# %% ../nbs/5_runs/25_report.ipynb #55a8ed66
 def comparison(
-    scores:pd.DataFrame, # One row per score: name, kind, seed, accuracy in [0, 1], n (test items), and hash where it is stored
+    scores:pd.DataFrame, # A row per score: name, kind, seed, accuracy in [0, 1], n (items), hash if stored
 )->pd.DataFrame: # One row per name: accuracy, low, high (Wilson 95 %), seeds, spread, n, and runs; best first
-    "Accuracies of every model, averaged over seeds, with intervals; none where the number of items is not known"
+    "Accuracies of every model, averaged over seeds, with intervals where the number of items is known"
     if scores.accuracy.isna().any():
         name = scores.name[scores.accuracy.isna()].iloc[0]
         raise ValueError(f"{name} has no accuracy; evaluate it again, a missing score is not 0")
     g = scores.groupby(['name','kind'], sort=False)
-    df = g.agg(accuracy=('accuracy','mean'), seeds=('seed','nunique'), spread=('accuracy',np.ptp), n=('n','first'))
-    low,high = zip(*(wilson(round(a*n), n) if pd.notna(n) else (np.nan,np.nan) for a,n in zip(df.accuracy, df.n)))
-    df = df.assign(low=low, high=high, **({'runs':g.hash.agg(_runs)} if 'hash' in scores else {})).reset_index('kind')
+    df = g.agg(accuracy=('accuracy','mean'), seeds=('seed','nunique'), spread=('accuracy',np.ptp),
+        n=('n','first'))
+    low,high = zip(*(wilson(round(a*n), n) if pd.notna(n) else (np.nan,np.nan)
+        for a,n in zip(df.accuracy, df.n)))
+    df = df.assign(low=low, high=high,
+        **({'runs':g.hash.agg(_runs)} if 'hash' in scores else {})).reset_index('kind')
     shown = [o for o in 'kind accuracy low high seeds spread n runs'.split() if o in df]
     return df.sort_values('accuracy', ascending=False, kind='stable')[shown]
 
 # %% ../nbs/5_runs/25_report.ipynb #09dfcb4f
 def plot_gain(
-    gains:pd.DataFrame, # One row per method and baseline: method, baseline, gain, low, high, verdict; in [-1, 1]
+    gains:pd.DataFrame, # A row per comparison: method, baseline, gain, low, high, verdict; in [-1, 1]
     ax=None, # Axes to draw on; None: new ones
 ): # The axes
     "What each method gained over each baseline, in points, with intervals"
@@ -110,7 +119,8 @@ def plot_nxn(
 ): # The axes
     "Accuracy of every model on every locale as a heat map"
     from matplotlib import pyplot as plt
-    m = nxn.loc[nxn.mean(axis=1).sort_values(ascending=False).index, nxn.mean().sort_values(ascending=False).index]
+    m = nxn.loc[nxn.mean(axis=1).sort_values(ascending=False).index,
+        nxn.mean().sort_values(ascending=False).index]
     wide,high,font = (.16,.14,6) if max(m.shape)>20 else (.32,.28,None)
     if ax is None: ax = plt.subplots(figsize=(1.6+wide*m.shape[1], 1.2+high*m.shape[0]))[1]
     ax.set_facecolor('#dddddd')
@@ -129,7 +139,7 @@ def plot_nxn(
 
 # %% ../nbs/5_runs/25_report.ipynb #6954e116
 def plot_retained(
-    means:pd.DataFrame, # mean, low, high (NaN: no interval); the first level of the index is the kind, the last the number of bases
+    means:pd.DataFrame, # mean, low, high (NaN: no interval), by kind (first level) and number of bases (last)
     levels=None, # Name -> accuracy drawn as a horizontal line; None: none
     ax=None, # Axes to draw on; None: new ones
 ): # The axes
@@ -139,28 +149,35 @@ def plot_retained(
     groups = list(means.groupby(level=list(range(means.index.nlevels-1)), sort=False))
     sizes = sorted(set(means.index.get_level_values(-1)))
     for i,(k,d) in enumerate(groups):
-        x = np.array([sizes.index(m) for m in d.index.get_level_values(-1)])+.08*(i-(len(groups)-1)/2) # Side by side
+        x = np.array([sizes.index(m)
+            for m in d.index.get_level_values(-1)])+.08*(i-(len(groups)-1)/2) # Side by side
         mark = 'o^vsDPX*<>ph.d'[list(basis_colours).index(k[0])]
-        ax.errorbar(x, d['mean'], np.array([d['mean']-d.low, d.high-d['mean']]).clip(0), color=basis_colours[k[0]], marker=mark, ms=4,
-            lw=1.2, elinewidth=.8, ls='--' if 'bases' in k[1:] else '-', label=' · '.join(o.replace('_',' ') for o in k))
+        ax.errorbar(x, d['mean'], np.array([d['mean']-d.low, d.high-d['mean']]).clip(0),
+            color=basis_colours[k[0]], marker=mark, ms=4,
+            lw=1.2, elinewidth=.8, ls='--' if 'bases' in k[1:] else '-',
+            label=' · '.join(o.replace('_',' ') for o in k))
     for k,v in (levels or {}).items():
         ax.axhline(v, color='k', lw=.8, ls=':')
-        ax.annotate(k, (1, v), xycoords=('axes fraction','data'), xytext=(2, 0), textcoords='offset points', fontsize=7, va='center')
-    ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel='number of bases', ylabel='accuracy / own model')
+        ax.annotate(k, (1, v), xycoords=('axes fraction','data'), xytext=(2, 0), textcoords='offset points',
+            fontsize=7, va='center')
+    ax.set(xticks=range(len(sizes)), xticklabels=sizes, xlabel='number of bases',
+        ylabel='accuracy / own model')
     ax.legend(frameon=False, fontsize=7, ncol=4, loc='upper center', bbox_to_anchor=(.5, -.15))
     return ax
 
-# %% ../nbs/5_runs/25_report.ipynb #94113c34
+# %% ../nbs/5_runs/25_report.ipynb #ee04f75b
 _open = ('target','seed','locale','contract','origin') # What the runs of one recipe may differ in
 _shown = ['contract.mode','contract.stamp','study','experiment','dataset','base','similarity','weighting','k']
 
-def _closed(config, *more): return {k:v for k,v in config.items() if k not in (*_open,*more) and v is not None}
+def _closed(config, *more):
+    return {k:v for k,v in config.items() if k not in (*_open,*more) and v is not None}
 
 def _kind(name, config):
     if name.startswith('source:'): return 'source'
     if name in ('own','uniform'): return 'baseline'
     return 'merge' if 'methods' in config else 'model'
 
+# %% ../nbs/5_runs/25_report.ipynb #94113c34
 def stored_accuracies(
     store:Store, # Where runs were recorded
     recipe:str='', # Only this recipe
@@ -170,11 +187,15 @@ def stored_accuracies(
     df = store.scores(metric='accuracy', **filter)
     c = {h:store.config(h) for h in dict.fromkeys(df.hash)}
     name = {h:config_hash(_closed(o), 8) for h,o in c.items()}
-    df = df.assign(recipe=df.hash.map(name), target=df.locale, accuracy=df.value, seed=[c[h].get('seed', 0) for h in df.hash],
-        kind=[_kind(n, c[h]) for n,h in zip(df.name, df.hash)])['recipe target split seed name kind accuracy n items hash'.split()]
+    df = df.assign(recipe=df.hash.map(name), target=df.locale, accuracy=df.value,
+        seed=[c[h].get('seed', 0) for h in df.hash],
+        kind=[_kind(n, c[h]) for n,h in zip(df.name, df.hash)])['recipe target split seed name kind accuracy '
+            'n items hash'.split()]
     df = df[df.recipe==recipe] if recipe else df
     what = ', '.join(map(str, [*filter.values(), *[recipe]*bool(recipe)]))
-    if df.empty: raise MissingDataError(f"{store.path} holds no accuracy{what and f' of {what}'}; run an experiment first")
+    if df.empty:
+        raise MissingDataError(f"{store.path} holds no accuracy{what and f' of {what}'}; run an experiment "
+            "first")
     return df.reset_index(drop=True)
 
 # %% ../nbs/5_runs/25_report.ipynb #c9b4801e
@@ -185,24 +206,30 @@ def stored_recipes(
     "What each recipe is, in its main fields and in those that not all recipes share"
     c = {r:_flat(store.config(h)) for r,h in rows.drop_duplicates('recipe').set_index('recipe').hash.items()}
     said = (*_open,'methods','include_target','oracle') # Merges have a column, the contract says the others
-    more = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in said and k not in _shown]
+    more = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in said
+        and k not in _shown]
     more = [k for k in more if len({canonical_json(o.get(k)) for o in c.values()})>1]
     plain = ('contract.mode','contract.stamp','dataset','base','similarity','weighting')
-    text = lambda k,v: str(v) if k in plain else f'{len(v)} {k}' if isinstance(v, list) and len(v)>3 else f'{k}={v}'
-    what = {r:', '.join(text(k, o[k]) for k in _shown+more if o.get(k) not in (None,[],{})) for r,o in c.items()}
+    text = lambda k,v: str(v) if k in plain else f'{len(v)} {k}' if isinstance(v,
+        list) and len(v)>3 else f'{k}={v}'
+    what = {r:', '.join(text(k, o[k]) for k in _shown+more if o.get(k) not in (None,[],{}))
+        for r,o in c.items()}
     df = rows.groupby('recipe', sort=False).agg(targets=('target','nunique'), seeds=('seed','nunique'),
-        merges=('name', lambda o: o[rows.kind[o.index]=='merge'].nunique()), scores=('name','size')).reset_index()
+        merges=('name', lambda o: o[rows.kind[o.index]=='merge'].nunique()),
+        scores=('name','size')).reset_index()
     df.insert(1, 'what', df.recipe.map(what))
     return df.sort_values('scores', ascending=False, kind='stable').reset_index(drop=True)
 
-# %% ../nbs/5_runs/25_report.ipynb #03921932
+# %% ../nbs/5_runs/25_report.ipynb #d56caa31
 def baselines_in(
     rows:pd.DataFrame, # From `stored_accuracies`
 )->list: # Some of `baselines`
     "The baselines that every run among `rows` has"
     runs = [(set(d.name),set(d.kind)) for _,d in rows.groupby('hash')]
-    return [b for b in baselines if all(b in names if b in ('own','uniform') else 'source' in kinds for names,kinds in runs)]
+    return [b for b in baselines
+        if all(b in names if b in ('own','uniform') else 'source' in kinds for names,kinds in runs)]
 
+# %% ../nbs/5_runs/25_report.ipynb #03921932
 def stored_gains(
     store:Store, # Where runs were recorded
     rows:pd.DataFrame, # From `stored_accuracies`, of one recipe and split
@@ -210,15 +237,18 @@ def stored_gains(
     names=(), # Names that are compared; (): all merges
 )->pd.DataFrame: # One row per pair and target: the columns of `differences`, and runs
     "What each merge gained over each of `against` in every target, from the stored items"
-    if len(rows[['recipe','split']].drop_duplicates())!=1: raise ValueError("gains are of one recipe and one split; "
-        f"got {rows.recipe.nunique()} recipes; filter the rows, or pass recipe= to `stored_accuracies`")
+    if len(rows[['recipe','split']].drop_duplicates())!=1:
+        raise ValueError("gains are of one recipe and one split; "
+            f"got {rows.recipe.nunique()} recipes; filter the rows, or pass recipe= to `stored_accuracies`")
     known = list(dict.fromkeys([*baselines_in(rows), *rows.name[rows.kind.isin(['merge','model'])]]))
     if unknown := [o for o in (*names,*against) if o not in known]:
         raise ValueError(f"there is no {unknown[0]!r}; there are {', '.join(known)}")
     weights = store.scores(metric='weight', hash=list(rows.hash.unique()))
     chosen = {h:{o.removeprefix('source:') for o in d.name} for h,d in weights.groupby('hash')}
-    values = {t:{h:dict(zip(e.name, e.accuracy)) for h,e in d.groupby('hash', sort=False)} for t,d in rows.groupby('target', sort=False)}
-    right,frames = cache(lambda h,name,t: store.correct(h, name, t, rows.split.iloc[0], by_id=True)),[]
+    values = {t:{h:dict(zip(e.name, e.accuracy)) for h,e in d.groupby('hash', sort=False)}
+        for t,d in rows.groupby('target', sort=False)}
+    right = cache(lambda h,name,t: store.correct(h, name, t, rows.split.iloc[0], by_id=True))
+    frames = []
     dataset = store.config(rows.hash.iloc[0]).get('dataset')
     def side(name, t):
         models = lambda h,v: baseline_names(name, v, chosen.get(h, ())) if name in baselines else [name]
@@ -228,7 +258,8 @@ def stored_gains(
             A,B = ({t:side(o, t) for t in values} for o in (a,b))
             groups = {t:item_origins(v[0].index, dataset) for t,v in A.items()}
             frames.append(differences(A, B, (a,b), groups if all(groups.values()) else None))
-    return pd.concat(frames, ignore_index=True).assign(runs=lambda d: d.target.map({t:_runs(v) for t,v in values.items()}))
+    return pd.concat(frames, ignore_index=True).assign(runs=lambda d: d.target.map({t:_runs(v)
+        for t,v in values.items()}))
 
 # %% ../nbs/5_runs/25_report.ipynb #b75dd48c
 def stored_nxn(
@@ -244,7 +275,7 @@ def stored_series(
     store:Store, # Where runs were recorded
     rows:pd.DataFrame, # From `stored_accuracies`
     x:str='k', # Field in which the recipes of a series differ
-)->list: # One dict per series: value of `x` -> rows of that recipe; the longest first, then the one with most scores
+)->list: # A dict per series, value of `x` -> rows of that recipe: the longest first, then by most scores
     "Recipes that differ in `x` alone"
     found = {}
     for _,d in rows.groupby('recipe', sort=False):
@@ -260,7 +291,8 @@ def plot_ranks(
 ): # The axes
     "Mean rank of each name with half the critical difference on either side, the best on top"
     from matplotlib import pyplot as plt
-    y,colour = np.arange(len(r.ranks)),[method_colour(o) for o in r.ranks.index]
+    y = np.arange(len(r.ranks))
+    colour = [method_colour(o) for o in r.ranks.index]
     if ax is None: ax = plt.subplots(figsize=(5.5, .9+.24*len(y)))[1]
     ax.axvspan(r.ranks.iloc[0]-r.cd/2, r.ranks.iloc[0]+r.cd/2, color='#eeeeee', zorder=0)
     ax.hlines(y, r.ranks-r.cd/2, r.ranks+r.cd/2, color=colour, lw=2)
@@ -277,10 +309,12 @@ def plot_scaling(
 ): # The axes
     "Mean gain of each method over targets as `x` grows, with the interval over targets"
     from matplotlib import pyplot as plt
-    curves = {name:100*d.pivot(index='target', columns=x, values='gain') for name,d in gains.groupby('a', sort=False)}
+    curves = {name:100*d.pivot(index='target', columns=x, values='gain')
+        for name,d in gains.groupby('a', sort=False)}
     for name,t in curves.items():
         if t.isna().any(axis=None):
-            raise ValueError(f"{name} was not run in {t.index[t.isna().any(axis=1)][0]} at every {x}; a curve joins the same targets")
+            raise ValueError(f"{name} was not run in {t.index[t.isna().any(axis=1)][0]} at every {x}; a "
+                "curve joins the same targets")
     if ax is None: ax = plt.subplots(figsize=(5.5, 3.2))[1]
     for name,t in curves.items():
         low,high = mean_interval(t)
@@ -297,30 +331,35 @@ def report_tables(
     recipe:str='', # Only this recipe
     **filter, # Column = value or list of values, as for `Store.scores`
 )->dict: # Name -> table: recipes, accuracies, gains, means, ranks, runs
-    "What a store says: accuracies, gains over the baselines in each target and over targets, ranks, and which runs they are of"
+    "What a store says: accuracies, gains in each target and over targets, ranks, and the runs they are of"
     rows = stored_accuracies(store, recipe, **filter)
     t = dict(recipes=[stored_recipes(store, rows)], accuracies=[], gains=[], means=[], ranks=[])
     for (r,split),d in rows.groupby(['recipe','split'], sort=False):
         def add(k, df, **more): t[k].append(df.assign(recipe=r, split=split, **more))
-        for target,e in d.groupby('target', sort=False): add('accuracies', comparison(e).reset_index(), target=target)
+        for target,e in d.groupby('target', sort=False):
+            add('accuracies', comparison(e).reset_index(), target=target)
         kept = d[d['items'].notna()]
-        against,merges = baselines_in(kept),list(dict.fromkeys(kept.name[kept.kind=='merge']))
+        against = baselines_in(kept)
+        merges = list(dict.fromkeys(kept.name[kept.kind=='merge']))
         if not (against and merges): continue
         g = stored_gains(store, kept, against)
         add('gains', g)
         add('means', mean_gains(g).merge(win_rates(g), on=['a','b']))
-        a = kept[kept.name.isin([*merges,'own','uniform'])].pivot_table(index='target', columns='name', values='accuracy')
+        a = kept[kept.name.isin([*merges,'own','uniform'])].pivot_table(index='target', columns='name',
+            values='accuracy')
         if a.shape[0]>1 and a.shape[1]>2 and not a.isna().any(axis=None):
             c = critical_difference(a)
             ranks = c.ranks.rename('rank').rename_axis('name').reset_index()
             add('ranks', ranks, critical_difference=c.cd, friedman_p=c.p, targets=c.targets)
     runs = rows.drop_duplicates('hash')[['recipe','target','split','seed','hash']].reset_index(drop=True)
-    first = lambda df: df[[o for o in ('recipe','target','split') if o in df]+[o for o in df if o not in ('recipe','target','split')]]
+    first = lambda df: df[[o for o in ('recipe','target','split') if o in df]+[o
+        for o in df if o not in ('recipe','target','split')]]
     return {k:first(pd.concat(v, ignore_index=True)) for k,v in t.items() if v} | dict(runs=runs)
 
-# %% ../nbs/5_runs/25_report.ipynb #3f4c0b8f
+# %% ../nbs/5_runs/25_report.ipynb #362ddff8
 def _digits(o): return f'{o:.3f}' if o==0 or not abs(o)<5e-4 else f'{o:.0e}'
 
+# %% ../nbs/5_runs/25_report.ipynb #3f4c0b8f
 def as_text(
     df:pd.DataFrame, # A table; its index is left out
     format:str='markdown', # 'markdown', 'latex' or 'csv'
@@ -329,19 +368,22 @@ def as_text(
     if format=='csv': return df.to_csv(index=False)
     if format=='latex': return df.to_latex(index=False, float_format=_digits, na_rep='', escape=True)
     if format!='markdown': raise ValueError(f"format is 'markdown', 'latex' or 'csv'; got {format!r}")
-    text = lambda o: '' if pd.api.types.is_scalar(o) and pd.isna(o) else _digits(o) if isinstance(o, float) else str(o).replace('|', '\\|')
+    text = lambda o: '' if pd.api.types.is_scalar(o) and pd.isna(o) else _digits(o) if isinstance(o,
+        float) else str(o).replace('|', '\\|')
     rows = [df.columns, ['---']*len(df.columns), *df.astype(object).to_numpy()]
     return ''.join('| '+' | '.join(map(text, r))+' |\n' for r in rows)
 
-# %% ../nbs/5_runs/25_report.ipynb #24103dd4
+# %% ../nbs/5_runs/25_report.ipynb #57eec438
 @dataclass(frozen=True)
 class Diff:
     "What separates two runs"
     fields:pd.DataFrame # One row per field of the configurations that differs: field, a, b
     scores:pd.DataFrame # One row per pair: a, b, accuracies, items, diff, low, high, only_a, only_b, p
     words:str # The same in words
-    def __str__(self): return '\n'.join([*(as_text(o) for o in (self.fields,self.scores) if len(o)), self.words])
+    def __str__(self):
+        return '\n'.join([*(as_text(o) for o in (self.fields,self.scores) if len(o)), self.words])
 
+# %% ../nbs/5_runs/25_report.ipynb #24103dd4
 def _pair(store, a, b, dataset):
     "Two rows of `Store.scores` on the items that they share"
     row = dict(a=a['name'], b=b['name'], locale=' '.join(dict.fromkeys([a.locale,b.locale])), split=a.split)
@@ -352,32 +394,42 @@ def _pair(store, a, b, dataset):
     row |= dict(items=len(both), same='all' if len(A)==len(both)==len(B) else f'of {len(A)} and {len(B)}')
     if not len(both): return row
     groups = item_origins(both, dataset)
-    r,m = paired_bootstrap(A[both], B[both], groups=groups),mcnemar(A[both], B[both])
+    r = paired_bootstrap(A[both], B[both], groups=groups)
+    m = mcnemar(A[both], B[both])
     return row|dict(diff=r.diff, low=r.low, high=r.high, only_a=m.n10, only_b=m.n01, p=r.p if groups else m.p)
 
-# %% ../nbs/5_runs/25_report.ipynb #8170d227
+# %% ../nbs/5_runs/25_report.ipynb #241bffe4
 def _fields(a, b):
     absent = '(absent)'
     rows = [(k, a.get(k, absent), b.get(k, absent)) for k in dict.fromkeys([*a,*b])]
-    return pd.DataFrame([o for o in rows if canonical_json(o[1])!=canonical_json(o[2])], columns=['field','a','b'])
+    return pd.DataFrame([o for o in rows if canonical_json(o[1])!=canonical_json(o[2])],
+        columns=['field','a','b'])
 
+# %% ../nbs/5_runs/25_report.ipynb #5e678bf5
 def _in_words(ha, hb, f, row):
-    rows = [o for o in f.itertuples(index=False) if not o.field.startswith('contract.')] # Follows from the others
+    rows = [o for o in f.itertuples(index=False)
+        if not o.field.startswith('contract.')] # Follows from the others
     named = ', '.join(f'{k} ({x} and {y})' if len(f'{x}{y}')<60 else k for k,x,y in rows)
     said = [f"Both are of run {ha[:8]}" if ha==hb else f"{ha[:8]} and {hb[:8]} differ in {named}"]
     if list(f.field)==['seed']: said[0] += ", so what separates them is chance in training"
     what = row['a'] if row['a']==row['b'] else f"{row['a']} and {row['b']}"
-    said.append(f"{what}: {100*row['accuracy_a']:.1f} % and {100*row['accuracy_b']:.1f} % on {row['locale']} {row['split']}")
-    if row['same']=='not stored': said.append("Which items were right is not stored for both, so nothing can be said about chance.")
+    said.append(f"{what}: {100*row['accuracy_a']:.1f} % and {100*row['accuracy_b']:.1f} % on {row['locale']} "
+        f"{row['split']}")
+    if row['same']=='not stored':
+        said.append("Which items were right is not stored for both, so nothing can be said about chance.")
     elif not row['items']: said.append("They share no test item, so the difference may be one of test sets.")
     if not row['items']: return '. '.join(said)
-    items = f"the same {row['items']} items" if row['same']=='all' else f"the {row['items']} items that both answered ({row['same']})"
-    verdict = 'more than chance in the items gives' if row['p']<.05 else 'no more than chance in the items may give'
+    items = f"the same {row['items']} items"
+    if row['same']!='all': items = f"the {row['items']} items that both answered ({row['same']})"
+    verdict = 'no more than chance in the items may give'
+    if row['p']<.05: verdict = 'more than chance in the items gives'
     d,low,high = (100*row[k] for k in ('diff','low','high'))
-    said.append(f"On {items} the first is {d:+.1f} points [{low:.1f}, {high:.1f}] from the second: only the first has {row['only_a']} "
-        f"right, only the second {row['only_b']}, p = {_digits(row['p'])}, {verdict}.")
+    said.append(f"On {items} the first is {d:+.1f} points [{low:.1f}, {high:.1f}] from the second: only the "
+        f"first has {row['only_a']} right, only the second {row['only_b']}, p = {_digits(row['p'])}, "
+        f"{verdict}.")
     return '. '.join(said)
 
+# %% ../nbs/5_runs/25_report.ipynb #8170d227
 def diff(
     store:Store, # Where both were recorded
     run_a:str, # First digits of a hash; after a slash, the name of a model in that run
@@ -385,18 +437,24 @@ def diff(
 )->Diff: # `print` shows all of it
     "Why two numbers differ: the configurations, the test items, and what chance in the items leaves"
     (ha,_,na),(hb,_,nb) = (o.partition('/') for o in (run_a,run_b))
-    ha,hb = store.find(ha),store.find(hb)
+    ha = store.find(ha)
+    hb = store.find(hb)
     a,b = (store.scores(hash=h, metric='accuracy') for h in (ha,hb))
     na,nb = na or nb,nb or na
     for n,d,h in ((na,a,ha),(nb,b,hb)):
-        if n and n not in set(d.name): raise KeyError(f"run {h[:8]} has no {n!r}; it has {', '.join(dict.fromkeys(d.name))}")
+        if n and n not in set(d.name):
+            raise KeyError(f"run {h[:8]} has no {n!r}; it has {', '.join(dict.fromkeys(d.name))}")
     a,b = (d[d.name==n] if n else d for d,n in ((a,na),(b,nb)))
     on = (['name']*(not na))+['split']
     m = a.reset_index().merge(b.reset_index(), on=[*on,'locale'])
     if m.empty: m = a.reset_index().merge(b.reset_index(), on=on)
-    if m.empty: raise ValueError(f"{ha[:8]} and {hb[:8]} hold no score of the same name and split; name one of each, as "
-        f"{ha[:8]}/{a.name.iloc[0]}")
-    ca,cb = store.config(ha),store.config(hb)
+    if m.empty:
+        raise ValueError(f"{ha[:8]} and {hb[:8]} hold no score of the same name and split; name one of each, "
+            f"as {ha[:8]}/{a.name.iloc[0]}")
+    ca = store.config(ha)
+    cb = store.config(hb)
     rows = [_pair(store, a.loc[i], b.loc[j], ca.get('dataset')) for i,j in zip(m.index_x, m.index_y)]
-    scores,f = pd.DataFrame(rows),_fields(_flat(ca), _flat(cb))
-    return Diff(f, scores, _in_words(ha, hb, f, rows[int((scores.accuracy_a-scores.accuracy_b).abs().argmax())]))
+    scores = pd.DataFrame(rows)
+    f = _fields(_flat(ca), _flat(cb))
+    return Diff(f, scores, _in_words(ha, hb, f,
+        rows[int((scores.accuracy_a-scores.accuracy_b).abs().argmax())]))

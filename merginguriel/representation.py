@@ -8,74 +8,104 @@ Docs: https://merginguriel.github.io/merginguriel/3_sources/representation.html.
 __all__ = ['cka_matrix', 'linear_cka', 'hidden_features', 'cross_head_accuracy', 'classifier_head']
 
 # %% ../nbs/3_sources/30_representation.ipynb #7f650e5c
-"""Task vectors compare what was changed; representations compare what came of it. `hidden_features` runs a model once
-over texts, `cka_matrix` compares all pairs of models by what it returns. Shared texts must be the same for all
-models, the same ids of a parallel corpus in one language. `cross_head_accuracy` asks for behaviour: how well one
-model's head reads another's encoder. The functions take arrays, a model and plain batches; they load nothing."""
+"""Task vectors compare what was changed in a model; representations compare what came of it.
+`hidden_features` runs a model once over texts, and `cka_matrix` compares all pairs of models by what it
+returns. The texts must be the same for all models, that is, the same ids of a parallel corpus in one
+language. `cross_head_accuracy` asks for behaviour: how well does the head of one model read the encoder of
+another? The functions take arrays, a model and plain batches, and they load nothing."""
 
 # %% ../nbs/3_sources/30_representation.ipynb #836a4fc4
+from collections import namedtuple
 import numpy as np
 import pandas as pd
 import torch
 from .core import *
 
-# %% ../nbs/3_sources/30_representation.ipynb #27ac78bf
+# %% ../nbs/3_sources/30_representation.ipynb #9215a9aa
+_Batch = namedtuple('_Batch', 'rows gram diagonal') # Centred rows, their inner products or None, the diagonal
+
 def _centred(x):
     c = x-x.mean(0)
     return np.zeros_like(c) if abs(c).max()<=1e-12*abs(x).max() else c
 
+# %% ../nbs/3_sources/30_representation.ipynb #ad37f51d
 def _batched(x, batch_size, form, name):
-    "(centred rows, their inner products or None, the diagonal) of each batch"
+    "The representations of one model as a list of `_Batch`; a last short one is left out"
     x = np.asarray(x, dtype=np.float64)
     if x.ndim!=2: raise ValueError(f"representations of {name} are (texts, dimensions); got {x.shape}")
-    if not np.isfinite(x).all(): raise ValueError(f"representations of {name} hold NaN or infinity; the model is broken")
-    n,out = batch_size or len(x),[]
-    if not 4<=n<=len(x): raise ValueError(f"CKA needs 4 texts or more in a whole batch; {name} has {len(x)} in batches of {n}")
-    for i in range(0, len(x)//n*n, n): # A last short batch is left out
+    if not np.isfinite(x).all():
+        raise ValueError(f"representations of {name} hold NaN or infinity; the model is broken")
+    n = batch_size or len(x)
+    if not 4<=n<=len(x):
+        raise ValueError(f"CKA needs 4 texts or more in a whole batch; {name} has {len(x)} in batches of {n}")
+    gram = form=='gram' or form=='auto' and n<=x.shape[1]
+    out = []
+    for i in range(0, len(x)//n*n, n):
         c = _centred(x[i:i+n])
-        gram = form=='gram' or form=='auto' and n<=c.shape[1]
-        out.append((c, c@c.T if gram else None, np.square(c).sum(1)))
+        products = c@c.T if gram else None
+        out.append(_Batch(c, products, np.square(c).sum(1)))
     return out
 
-def _hsic(a, b, estimator):
-    "Mean over batches"
-    return np.mean([_hsic1(*o, *p, estimator) for o,p in zip(a, b)])
-
-def _hsic1(x, gx, k, y, gy, l, estimator):
-    both = float(np.square(x.T@y).sum()) if gx is None or gy is None else float(np.vdot(gx, gy))
+# %% ../nbs/3_sources/30_representation.ipynb #bf3e5ad5
+def _hsic1(a, b, estimator):
+    "HSIC of one batch of two models"
+    if a.gram is None or b.gram is None: both = float(np.square(a.rows.T@b.rows).sum())
+    else: both = float(np.vdot(a.gram, b.gram))
     if estimator=='biased': return both
-    n,kl = len(x),float(k@l)
+    n = len(a.rows)
+    k = a.diagonal
+    l = b.diagonal
+    kl = float(k@l)
     return (both-kl+k.sum()*l.sum()/((n-1)*(n-2))-2*kl/(n-2))/(n*(n-3))
 
-# %% ../nbs/3_sources/30_representation.ipynb #6fbd3654
+# %% ../nbs/3_sources/30_representation.ipynb #27ac78bf
+def _hsic(a, b, estimator):
+    "Mean over batches"
+    return np.mean([_hsic1(o, p, estimator) for o,p in zip(a, b)])
+
+# %% ../nbs/3_sources/30_representation.ipynb #c4c2e5b8
 def cka_matrix(
-    features:dict, # Name -> representations of the same texts, (texts, dimensions), or None for a missing model
-    estimator:str='debiased', # 'debiased' (0 on average for noise, slightly negative at times), or 'biased' (in [0, 1])
-    batch_size:int|None=None, # Average over batches of so many texts, a last short one left out; None: all at once
+    features:dict, # Name -> representations of the same texts, (texts, dimensions); None: a missing model
+    estimator:str='debiased', # 'debiased' (0 on average for noise, at times below), or 'biased' (in [0, 1])
+    *,
+    batch_size:int|None=None, # Average over whole batches of so many texts; None: all texts at once
     form:str='auto', # 'gram' (texts × texts), 'features' (dimensions × dimensions); 'auto': the smaller
 )->pd.DataFrame: # Names × names; NaN for a missing model, and for one whose representations are all equal
     "Linear CKA of all pairs"
-    for k,v,allowed in (('estimator',estimator,('debiased','biased')), ('form',form,('auto','gram','features'))):
-        if v not in allowed: raise ValueError(f"{k} is one of {', '.join(allowed)}; got {v!r}")
+    allowed = dict(estimator=('debiased','biased'), form=('auto','gram','features'))
+    for k,v in dict(estimator=estimator, form=form).items():
+        if v not in allowed[k]: raise ValueError(f"{k} is one of {', '.join(allowed[k])}; got {v!r}")
     sizes = {k:len(v) for k,v in features.items() if v is not None}
-    if len(set(sizes.values()))>1: raise ValueError(f"every model must see the same texts; got representations of {sizes}")
+    if len(set(sizes.values()))>1:
+        raise ValueError(f"every model must see the same texts; got representations of {sizes}")
     have = {k:_batched(features[k], batch_size, form, k) for k in sizes}
     own = {k:_hsic(v, v, estimator) for k,v in have.items()}
     names = [k for k in have if own[k]>0]
     c = np.eye(len(names))
     for i,a in enumerate(names):
-        for j,b in enumerate(names[:i]): c[i,j] = c[j,i] = _hsic(have[a], have[b], estimator)/(own[a]*own[b])**.5
+        for j,b in enumerate(names[:i]):
+            c[i,j] = _hsic(have[a], have[b], estimator)/(own[a]*own[b])**.5
+            c[j,i] = c[i,j]
     return pd.DataFrame(c, names, names).reindex(index=list(features), columns=list(features))
 
+# %% ../nbs/3_sources/30_representation.ipynb #6fbd3654
 def linear_cka(
     x, # Representations, (texts, dimensions)
     y, # Of the same texts by another model, (texts, dimensions)
     estimator:str='debiased', # As for `cka_matrix`
+    *,
     batch_size:int|None=None, # As for `cka_matrix`
     form:str='auto', # As for `cka_matrix`
 )->float:
     "Linear CKA of two sets of representations"
-    return float(cka_matrix({'x':x, 'y':y}, estimator, batch_size, form).iloc[0,1])
+    return float(cka_matrix({'x':x, 'y':y}, estimator, batch_size=batch_size, form=form).iloc[0,1])
+
+# %% ../nbs/3_sources/30_representation.ipynb #e41cedb9
+def _pooled(h, mask, pooling):
+    "(layers, texts, dimensions) from hidden states (layers, texts, tokens, dimensions)"
+    if pooling=='cls': return h[:,:,0]
+    mask = mask[None,...,None].to(h.dtype)
+    return (h*mask).sum(2)/mask.sum(2)
 
 # %% ../nbs/3_sources/30_representation.ipynb #2797ba20
 @torch.no_grad()
@@ -91,14 +121,14 @@ def hidden_features(
     model.eval()
     for b in batches:
         hs = model(**b, output_hidden_states=True).hidden_states
-        h = torch.stack(hs if layer=='all' else [hs[layer]])
-        mask = b['attention_mask'][None,...,None].to(h.dtype)
-        out.append((h[:,:,0] if pooling=='cls' else (h*mask).sum(2)/mask.sum(2)).float().cpu())
+        if layer!='all': hs = [hs[layer]]
+        h = torch.stack(hs)
+        out.append(_pooled(h, b['attention_mask'], pooling).float().cpu())
     if not out: raise ValueError("there are no texts; give at least one batch")
     x = torch.cat(out, 1).numpy()
     return x if layer=='all' else x[0]
 
-# %% ../nbs/3_sources/30_representation.ipynb #f0fdd1df
+# %% ../nbs/3_sources/30_representation.ipynb #501cace1
 def cross_head_accuracy(
     features:dict, # Encoder -> representations of its own labelled texts, (texts, dimensions)
     heads:dict, # Name -> function from such representations to logits, (texts, labels)
@@ -108,20 +138,26 @@ def cross_head_accuracy(
     out = {}
     for k,x in features.items():
         y = np.asarray(labels.get(k, []))
-        if len(y)!=len(x): raise ValueError(f"{k} has {len(x)} representations and {len(y)} labels; give each text both")
+        if len(y)!=len(x):
+            raise ValueError(f"{k} has {len(x)} representations and {len(y)} labels; give each text both")
         out[k] = {h:float((np.asarray(f(x)).argmax(-1)==y).mean()) for h,f in heads.items()}
     return pd.DataFrame.from_dict(out, orient='index').rename_axis(index='encoder', columns='head')
 
+# %% ../nbs/3_sources/30_representation.ipynb #f0fdd1df
 def classifier_head(
     model, # A sequence classifier of transformers
 ): # Function from first-token representations (texts, dimensions) to logits (texts, labels), arrays
     "The head of `model`, to read the representations of another"
-    head,pooler = getattr(model, 'classifier', None),getattr(getattr(model, 'bert', None), 'pooler', None)
-    if not hasattr(head, 'out_proj') and not (pooler and isinstance(head, torch.nn.Linear)):
-        raise IncompatibleError(f"the head of {type(model).__name__} is not one that reads the first token; write it as a function")
+    head = getattr(model, 'classifier', None)
+    pooler = getattr(getattr(model, 'bert', None), 'pooler', None)
+    alone = hasattr(head, 'out_proj') # It takes the first token by itself
+    if not alone and not (pooler and isinstance(head, torch.nn.Linear)):
+        raise IncompatibleError(f"the head of {type(model).__name__} is not one that reads the first token; "
+            "write it as a function")
     @torch.no_grad()
     def _logits(x):
         h = torch.as_tensor(x)[:,None].to(next(head.parameters()))
-        return (head(h) if hasattr(head, 'out_proj') else head(pooler(h))).float().cpu().numpy()
+        z = head(h) if alone else head(pooler(h))
+        return z.float().cpu().numpy()
     model.eval()
     return _logits

@@ -24,7 +24,6 @@ from .evaluate import *
 from .ensemble import *
 from .significance import *
 from .trials import *
-from .experiment import _scaled
 
 # %% ../nbs/6_studies/25_screening.ipynb #49e65732
 def spread(
@@ -92,7 +91,7 @@ def set_accuracy(
     **kw, # As for `Trials.predictions`
 )->Accuracy:
     "Accuracy of the merge of a set, with equal weights"
-    w = _scaled(method, pd.Series(1/len(sources), list(sources)))
+    w = source_coefficients(method, pd.Series(1/len(sources), list(sources)))
     return trials.accuracy(method, dict.fromkeys(trials.sources, 0.)|dict(w), **kw)
 
 def confirm(

@@ -10,24 +10,27 @@ __all__ = ['correctness', 'paired_runs', 'McNemar', 'mcnemar', 'minimum_detectab
            'differences', 'mean_gains', 'win_rates', 'Ranks', 'critical_difference']
 
 # %% ../nbs/0_ground/50_significance.ipynb #4c751d34
-"""Two models answer the same items, so the items on which both are right, or both wrong, say nothing about their
-difference: only the discordant ones do. `mcnemar` tests them exactly, `paired_bootstrap` puts an interval around the
-difference, `holm` and `benjamini_hochberg` correct over locales, and `minimum_detectable_effect` says beforehand which
-difference a test set can show at all. `differences`, `mean_gains` and `win_rates` are for many pairs of names in many locales,
-`critical_difference` ranks all of them at once. Items are paired by their ids whenever there are ids. A difference is always
-accuracy of `a` minus accuracy of `b`, in [-1, 1]."""
+"""Two models answer the same items. The items on which both are right, or both wrong, say nothing about their
+difference; only the discordant ones do. `mcnemar` tests them exactly, `paired_bootstrap` puts an interval
+around the difference, `holm` and `benjamini_hochberg` correct over locales, and `minimum_detectable_effect`
+says beforehand which difference a test set can show at all. Where many names are compared in many locales,
+`differences`, `mean_gains` and `win_rates` work pair by pair, and `critical_difference` ranks all of them at
+once. Items are paired by their ids whenever there are ids. A difference is always the accuracy of `a` minus
+the accuracy of `b`, in [-1, 1]."""
 
 # %% ../nbs/0_ground/50_significance.ipynb #e3c9f621
-import numpy as np, pandas as pd
 from dataclasses import dataclass,field
+import numpy as np
+import pandas as pd
 
 # %% ../nbs/0_ground/50_significance.ipynb #8326a82d
 def _bools(x, what):
+    "`x` as a boolean array, or an error about `what`"
     v = np.asarray(x)
     missing = int(pd.isna(v).sum())
     if missing:
-        raise ValueError(f"{what} has no answer for {missing} of {v.size} items; a missing one is not a wrong one, "
-            "so predict them all")
+        raise ValueError(f"{what} has no answer for {missing} of {v.size} items; a missing one is not a "
+            "wrong one, so predict them all")
     if v.dtype==object and all(isinstance(o,(bool,np.bool_)) for o in v.flat): v = v.astype(bool)
     if v.size==0: raise ValueError(f"{what} holds no items")
     if v.dtype!=bool:
@@ -37,7 +40,7 @@ def _bools(x, what):
 
 # %% ../nbs/0_ground/50_significance.ipynb #b7f77c9c
 def correctness(
-    x, # Predictions (`.logits` (n, C), `.labels`, `.ids`), a boolean Series indexed by item id, or a boolean array
+    x, # Predictions (`.logits` (n, C), `.labels`, `.ids`), or booleans: Series indexed by item id, or array
     what:str='a', # Name used in errors
 ): # A boolean Series indexed by id where there are ids, else a boolean array
     "Which items `x` has right; missing answers, repeated ids and anything but booleans are refused"
@@ -48,20 +51,37 @@ def correctness(
         x = pd.Series(z.argmax(-1)==np.asarray(x.labels), index=pd.Index(x.ids))
     if not isinstance(x, pd.Series): return _bools(x, what)
     if not x.index.is_unique:
-        raise ValueError(f"{what} has several answers for item {x.index[x.index.duplicated()][0]!r}; give each seed "
-            "as a run of its own")
+        twice = x.index[x.index.duplicated()][0]
+        raise ValueError(f"{what} has several answers for item {twice!r}; give each seed as a run of its own")
     return pd.Series(_bools(x, what), index=x.index)
 
 # %% ../nbs/0_ground/50_significance.ipynb #b1b425c0
-def _several(x):
-    return isinstance(x,(list,tuple)) and len(x)>0 and (hasattr(x[0],'logits') or isinstance(x[0],pd.Series))
-
 def _align(s, ids, what, ref):
+    "Values of `s` in the order of `ids`; an error where they have not the same items"
     only = {what:s.index.difference(ids), ref:ids.difference(s.index)}
     for k,v in only.items():
         if len(v):
-            raise ValueError(f"{len(v)} items are only in {k}, e.g. {list(v[:3])}; evaluate both on the same items")
+            raise ValueError(f"{len(v)} items are only in {k}, e.g. {list(v[:3])}; evaluate both on the "
+                "same items")
     return s.loc[ids].to_numpy()
+
+# %% ../nbs/0_ground/50_significance.ipynb #2c3c4820
+def _run_list(x, what):
+    "The correctness of each run of `x`, an array of several runs being one"
+    several = isinstance(x,(list,tuple)) and len(x)>0
+    if several: several = hasattr(x[0],'logits') or isinstance(x[0],pd.Series)
+    if not several: return [correctness(x, what)]
+    return [correctness(o, what) for o in x]
+
+def _by_place(a, b):
+    "Arrays without ids as (runs, items), paired by place"
+    A = np.atleast_2d(a)
+    B = np.atleast_2d(b)
+    if A.ndim>2 or B.ndim>2:
+        raise ValueError(f"answers have shape (items,) or (runs, items); got {A.shape} and {B.shape}")
+    if A.shape[1]!=B.shape[1]:
+        raise ValueError(f"a has {A.shape[1]} items and b has {B.shape[1]}; they must be the same items")
+    return A,B
 
 # %% ../nbs/0_ground/50_significance.ipynb #5fa4bf3d
 def paired_runs(
@@ -69,22 +89,26 @@ def paired_runs(
     b, # The same items; the number of runs may differ
 )->tuple: # Boolean arrays (runs of a, items) and (runs of b, items), and the ids or None
     "`a` and `b` as arrays whose columns are the same items in the same order"
-    sa,sb = ([correctness(o, w) for o in (x if _several(x) else [x])] for x,w in ((a,'a'),(b,'b')))
+    sa = _run_list(a, 'a')
+    sb = _run_list(b, 'b')
     named = [isinstance(o, pd.Series) for o in sa+sb]
-    if any(named):
-        if not all(named):
-            raise ValueError("some answers carry item ids and some do not; give ids to all, or to none")
-        ids = sa[0].index
-        A = np.stack([_align(o, ids, 'a', 'the first run') for o in sa])
-        return A,np.stack([_align(o, ids, 'b', 'a') for o in sb]),ids
-    A,B = np.atleast_2d(sa[0]),np.atleast_2d(sb[0])
-    if A.ndim>2 or B.ndim>2:
-        raise ValueError(f"answers have shape (items,) or (runs, items); got {A.shape} and {B.shape}")
-    if A.shape[1]!=B.shape[1]:
-        raise ValueError(f"a has {A.shape[1]} items and b has {B.shape[1]}; they must be the same items")
-    return A,B,None
+    if not any(named): return *_by_place(sa[0], sb[0]),None
+    if not all(named):
+        raise ValueError("some answers carry item ids and some do not; give ids to all, or to none")
+    ids = sa[0].index
+    A = np.stack([_align(o, ids, 'a', 'the first run') for o in sa])
+    B = np.stack([_align(o, ids, 'b', 'a') for o in sb])
+    return A,B,ids
 
 # %% ../nbs/0_ground/50_significance.ipynb #662d7e98
+def _binomial(low, m):
+    "Exact two-sided p-value of `low` of `m` fair coins, and its mid-p variant"
+    from scipy.stats import binom,binomtest
+    if not m: return 1.,1.
+    p_mid = 2*binom.cdf(low, m, .5)-binom.pmf(low, m, .5)
+    return float(binomtest(low, m).pvalue),float(min(1., p_mid))
+
+# %% ../nbs/0_ground/50_significance.ipynb #683b33eb
 @dataclass(frozen=True)
 class McNemar:
     "Exact test of `n10` against `n01` discordant items among `n`; the p-values are two-sided"
@@ -95,13 +119,13 @@ class McNemar:
     p:float=field(init=False) # Exact, two-sided; 1 when no item is discordant
     p_mid:float=field(init=False) # Mid-p variant
     def __post_init__(self):
-        from scipy.stats import binomtest,binom
         if self.n<1 or min(self.n01,self.n10)<0 or self.n01+self.n10>self.n:
-            raise ValueError(f"n01 + n10 discordant items are among n; got {self.n01} + {self.n10} among {self.n}")
-        m,low = self.n01+self.n10,min(self.n01,self.n10)
-        p = float(binomtest(low, m).pvalue) if m else 1.
-        p_mid = float(min(1., 2*binom.cdf(low, m, .5)-binom.pmf(low, m, .5))) if m else 1.
-        for k,v in dict(diff=(self.n10-self.n01)/self.n, p=p, p_mid=p_mid).items(): object.__setattr__(self, k, v)
+            raise ValueError(f"n01 + n10 discordant items are among n; got {self.n01} + {self.n10} "
+                f"among {self.n}")
+        p,p_mid = _binomial(min(self.n01,self.n10), self.n01+self.n10)
+        object.__setattr__(self, 'diff', (self.n10-self.n01)/self.n) # The class is frozen
+        object.__setattr__(self, 'p', p)
+        object.__setattr__(self, 'p_mid', p_mid)
 
 # %% ../nbs/0_ground/50_significance.ipynb #40984c00
 def mcnemar(
@@ -119,22 +143,26 @@ def minimum_detectable_effect(
     n:int, # Items in the test set
     discordance:float, # Share of items that exactly one of the two models has right, in (0, 1]
     alpha:float=.05, # Two-sided significance level, in (0, 1)
-    power:float=None, # Chance of finding the effect, in [.5, 1); None: the smallest significant observed difference
+    power:float=None, # Chance of finding the effect, in [.5, 1); None: the smallest significant difference
 )->float: # Difference in accuracy, in (0, discordance]
     "The smallest difference in accuracy that `n` paired items can show (normal approximation)"
     from scipy.stats import norm
     if n<1: raise ValueError(f"n is a number of items, at least 1; got {n}")
-    if not 0<discordance<=1: raise ValueError(f"discordance is a share of items, in (0, 1]; got {discordance}")
+    if not 0<discordance<=1:
+        raise ValueError(f"discordance is a share of items, in (0, 1]; got {discordance}")
     if not 0<alpha<1: raise ValueError(f"alpha is a significance level, in (0, 1); got {alpha}")
-    if power is not None and not .5<=power<1: raise ValueError(f"power is a probability, in [.5, 1); got {power}")
-    za,zb = norm.isf(alpha/2), norm.ppf(power or .5)
+    if power is not None and not .5<=power<1:
+        raise ValueError(f"power is a probability, in [.5, 1); got {power}")
+    za = norm.isf(alpha/2)
+    zb = norm.ppf(power or .5)
     # root of d*sqrt(n) = za*sqrt(disc) + zb*sqrt(disc - d**2)
     d = (za*(n*discordance)**.5 + zb*(discordance*max(0., n-za**2+zb**2))**.5)/(n+zb**2)
     if d>discordance:
-        raise ValueError(f"{n} items with {discordance:.1%} discordance cannot show any difference; take more items")
+        raise ValueError(f"{n} items with {discordance:.1%} discordance cannot show any difference; "
+            "take more items")
     return float(d)
 
-# %% ../nbs/0_ground/50_significance.ipynb #1e6426dc
+# %% ../nbs/0_ground/50_significance.ipynb #32f6edcf
 @dataclass(frozen=True)
 class Bootstrap:
     "Difference `a` − `b` with its percentile interval and two-sided p-value"
@@ -145,11 +173,12 @@ class Bootstrap:
     n:int # Items
     level:float # Coverage of the interval
 
+# %% ../nbs/0_ground/50_significance.ipynb #1e6426dc
 def _differences(A, B):
     d = A.sum(0,dtype=np.int64)*len(B) - B.sum(0,dtype=np.int64)*len(A)
     return d,len(A)*len(B)
 
-# %% ../nbs/0_ground/50_significance.ipynb #9e1ae63b
+# %% ../nbs/0_ground/50_significance.ipynb #f8aca11b
 def _totals(d, groups):
     "Sum of the differences and number of items of each group, (groups, 2)"
     at = np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -157,13 +186,27 @@ def _totals(d, groups):
     np.add.at(t, at, np.stack([d, np.ones_like(d)], 1))
     return t
 
+# %% ../nbs/0_ground/50_significance.ipynb #9e1ae63b
+def _interval(rows, unit, n, rng, level):
+    "Percentile interval and p-value from resampled `rows` (sum of differences, items)"
+    kinds,counts = np.unique(rows, axis=0, return_counts=True)
+    block = max(1, 2**20//len(kinds)) # at most 8 MiB of counts at a time
+    sizes = [min(block, n-i) for i in range(0, n, block)]
+    drawn = [rng.multinomial(len(rows), counts/len(rows), size=k)@kinds for k in sizes]
+    sums,items = np.concatenate(drawn).T
+    low,high = np.quantile(sums/(items*unit), [(1-level)/2,(1+level)/2])
+    tail = min((sums<=0).sum(), (sums>=0).sum())
+    return float(low),float(high),float(min(1., 2*(1+tail)/(n+1)))
+
+# %% ../nbs/0_ground/50_significance.ipynb #1e9e1060
 def paired_bootstrap(
-    a, # As for `mcnemar`, or several runs: array (runs, items) or a list with one Series or Predictions per run
+    a, # As for `mcnemar`, or several runs: array (runs, items), or a list with one Series or Predictions each
     b, # The same items; the number of runs may differ
+    *,
     n:int=10000, # Resamples, at least 100
     seed:int=0, # Seed of the resampling
     level:float=.95, # Coverage of the interval, in (0, 1)
-    groups=None, # Group of each item, (items,), e.g. the template it came from; groups are resampled whole. None: items
+    groups=None, # Group of each item, (items,), such as its template, to be resampled whole; None: items are
 )->Bootstrap: # Difference, interval and p-value
     "Interval and p-value of the difference between `a` and `b`, resampling items with all their runs"
     if n<100: raise ValueError(f"n is a number of resamples, at least 100; got {n}")
@@ -173,15 +216,10 @@ def paired_bootstrap(
     if groups is not None and len(groups)!=len(d):
         raise ValueError(f"{len(groups)} groups for {len(d)} items; give each item one")
     rows = np.stack([d, np.ones_like(d)], 1) if groups is None else _totals(d, groups)
-    kinds,counts = np.unique(rows, axis=0, return_counts=True)
-    rng,block = np.random.default_rng(seed),max(1, 2**20//len(kinds)) # at most 8 MiB of counts at a time
-    chance,sizes = counts/len(rows),[min(block, n-i) for i in range(0, n, block)]
-    sums,items = np.concatenate([rng.multinomial(len(rows), chance, size=k)@kinds for k in sizes]).T
-    low,high = np.quantile(sums/(items*unit), [(1-level)/2,(1+level)/2])
-    p = min(1., 2*(1+min((sums<=0).sum(), (sums>=0).sum()))/(n+1))
-    return Bootstrap(float(d.sum()/(len(d)*unit)), float(low), float(high), float(p), len(d), level)
+    low,high,p = _interval(rows, unit, n, np.random.default_rng(seed), level)
+    return Bootstrap(float(d.sum()/(len(d)*unit)), low, high, p, n=len(d), level=level)
 
-# %% ../nbs/0_ground/50_significance.ipynb #409feaed
+# %% ../nbs/0_ground/50_significance.ipynb #2711b1b4
 def _pvalues(p):
     v = np.asarray(p, dtype=float)
     if v.ndim!=1 or not len(v): raise ValueError(f"p-values come as one non-empty row; got shape {v.shape}")
@@ -189,8 +227,11 @@ def _pvalues(p):
     if len(bad): raise ValueError(f"p-values are in [0, 1] and none is missing; got {bad[0]}")
     return v,np.argsort(v, kind='stable')
 
+# %% ../nbs/0_ground/50_significance.ipynb #409feaed
 def _like(q, o, p):
-    out = np.empty(len(q)); out[o] = np.minimum(q, 1)
+    "Adjusted values `q`, of p-values sorted by `o`, in the order and with the index of `p`"
+    out = np.empty(len(q))
+    out[o] = np.minimum(q, 1)
     return pd.Series(out, index=p.index, name=p.name) if isinstance(p, pd.Series) else out
 
 # %% ../nbs/0_ground/50_significance.ipynb #be216f5c
@@ -211,7 +252,8 @@ def benjamini_hochberg(
     return _like(np.minimum.accumulate(q[::-1])[::-1], o, p)
 
 # %% ../nbs/0_ground/50_significance.ipynb #43fc9ed8
-def _row(a, b, n, seed, level, groups):
+def _row(a, b, *, n, seed, level, groups):
+    "The row of `compare` for one locale"
     A,B,_ = paired_runs(a, b)
     r = paired_bootstrap(A, B, n=n, seed=seed, level=level, groups=groups)
     d,unit = _differences(A, B)
@@ -225,23 +267,27 @@ def _row(a, b, n, seed, level, groups):
 def compare(
     a:dict, # Locale -> correctness, in any form `paired_bootstrap` takes
     b:dict, # The same locales, the model compared with
+    *,
     level:float=.95, # Coverage of the intervals; verdicts are at 1 - level
     n:int=10000, # Resamples
     seed:int=0, # Seed of the resampling
-    groups:dict|None=None, # Locale -> group of each item, as for `paired_bootstrap`; None: items are independent
+    groups:dict|None=None, # Locale -> group of each item, as for `paired_bootstrap`; None: items are alone
 )->pd.DataFrame: # One row per locale: n, diff, low, high, discordance, detectable, p, holm, bh, verdict
     "Paired comparison of `a` with `b` in every locale, corrected over locales"
     if not a or set(a)!=set(b):
         raise ValueError(f"both sides need the same locales; only in one: {sorted(set(a)^set(b))}")
-    df = pd.DataFrame({k: _row(v, b[k], n, seed, level, (groups or {}).get(k)) for k,v in a.items()}).T.rename_axis('locale')
+    groups = groups or {}
+    rows = {k:_row(v, b[k], n=n, seed=seed, level=level, groups=groups.get(k)) for k,v in a.items()}
+    df = pd.DataFrame(rows).T.rename_axis('locale')
     df = df.assign(n=df.n.astype(int), holm=holm(df.p), bh=benjamini_hochberg(df.p))
-    sure = df.holm<=1-level
+    sure = (df.holm<=1-level)&(df['diff']!=0)
     words = np.where(df['diff']>0, 'better', 'worse')
-    return df.assign(verdict=np.where(sure&(df['diff']!=0), words, 'no difference shown'))
+    return df.assign(verdict=np.where(sure, words, 'no difference shown'))
 
-# %% ../nbs/0_ground/50_significance.ipynb #88a48a41
+# %% ../nbs/0_ground/50_significance.ipynb #f719385e
 _colours = {'better':'#0072b2', 'worse':'#d55e00', 'no difference shown':'#777777'}
 
+# %% ../nbs/0_ground/50_significance.ipynb #88a48a41
 def plot_differences(
     df:pd.DataFrame, # What `compare` returned
     ax=None, # Axes to draw on; None: new ones
@@ -249,7 +295,8 @@ def plot_differences(
     "Differences with intervals, ordered by value; the grey bar is what each locale could not have shown"
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, .8+.3*len(df)))[1]
-    df,y = df.sort_values('diff'),np.arange(len(df))
+    df = df.sort_values('diff')
+    y = np.arange(len(df))
     ax.barh(y, 200*df.detectable, left=-100*df.detectable, height=.7, color='#e8e8e8')
     for v,c in _colours.items():
         m = (df.verdict==v).to_numpy()
@@ -261,7 +308,7 @@ def plot_differences(
     ax.legend(frameon=False, fontsize='small')
     return ax
 
-# %% ../nbs/0_ground/50_significance.ipynb #9b37cd22
+# %% ../nbs/0_ground/50_significance.ipynb #af57b223
 @dataclass(frozen=True)
 class SignedRank:
     "Wilcoxon's signed-rank test over locales"
@@ -270,16 +317,19 @@ class SignedRank:
     median:float # Median difference over all locales
     p:float # Two-sided; 1 when all differences are 0
 
+# %% ../nbs/0_ground/50_significance.ipynb #9b37cd22
 def wilcoxon(
     a:pd.Series, # Accuracies indexed by locale, in [0, 1]
     b:pd.Series, # The same locales
 )->SignedRank: # Number, mean and median of the differences, and the p-value
     "Signed-rank test of `a` against `b`, paired by locale; ties and zeros as in SciPy"
     from scipy import stats
-    a,b = pd.Series(a, dtype=float),pd.Series(b, dtype=float)
+    a = pd.Series(a, dtype=float)
+    b = pd.Series(b, dtype=float)
     if not (a.index.is_unique and b.index.is_unique):
         raise ValueError("each locale may occur once in a and once in b")
-    d = pd.Series(a.to_numpy()-_align(b, a.index, 'b', 'a'), index=a.index).round(12) # .65-.6 and .55-.5 are a tie
+    d = pd.Series(a.to_numpy()-_align(b, a.index, 'b', 'a'), index=a.index)
+    d = d.round(12) # .65-.6 and .55-.5 are a tie
     if d.isna().any() or not len(d):
         raise ValueError(f"every locale needs both accuracies; missing for {list(d.index[d.isna()])}")
     p = float(stats.wilcoxon(d).pvalue) if d.any() else 1.
@@ -292,9 +342,11 @@ def mean_interval(
     rng=None, # NumPy generator; None: one of seed 0
 )->np.ndarray: # Low and high, (2,) or (2, columns)
     "95 % interval of the mean of `x`, resampling its items"
-    x,rng = np.asarray(x, dtype=float),np.random.default_rng(0) if rng is None else rng
+    x = np.asarray(x, dtype=float)
+    if rng is None: rng = np.random.default_rng(0)
     if not len(x): raise ValueError("there is nothing to average")
-    return np.quantile(x[rng.integers(0, len(x), (n,len(x)))].mean(1), [.025,.975], axis=0)
+    drawn = x[rng.integers(0, len(x), (n,len(x)))]
+    return np.quantile(drawn.mean(1), [.025,.975], axis=0)
 
 # %% ../nbs/0_ground/50_significance.ipynb #936f0af4
 def differences(
@@ -305,7 +357,8 @@ def differences(
 )->pd.DataFrame: # One row per target: a, b, target, gain, low, high, p, holm, verdict
     "What `a` gained over `b` in every target, paired by item"
     df = compare(a, b, groups=groups).rename(columns={'diff':'gain'}).rename_axis('target')
-    return df.reset_index().assign(a=names[0], b=names[1])['a b target gain low high p holm verdict'.split()]
+    df = df.reset_index().assign(a=names[0], b=names[1])
+    return df['a b target gain low high p holm verdict'.split()]
 
 # %% ../nbs/0_ground/50_significance.ipynb #7b817461
 def mean_gains(
@@ -313,32 +366,44 @@ def mean_gains(
     n:int=10000, # Resamples of the targets
 )->pd.DataFrame: # One row per pair: gain, low, high, p, holm, better, worse, targets
     "The mean gain of each pair over targets"
-    rng,rows = np.random.default_rng(0),[]
+    rng = np.random.default_rng(0)
+    rows = []
     for (a,b),d in gains.groupby(['a','b'], sort=False):
         x = d.gain.to_numpy(float)
         low,high = mean_interval(x, n, rng)
-        rows.append(dict(a=a, b=b, gain=x.mean(), low=low, high=high, p=wilcoxon(d.gain, 0*d.gain).p,
-            better=(d.verdict=='better').sum(), worse=(d.verdict=='worse').sum(), targets=len(x)))
+        better = (d.verdict=='better').sum()
+        worse = (d.verdict=='worse').sum()
+        p = wilcoxon(d.gain, 0*d.gain).p
+        rows.append(dict(a=a, b=b, gain=x.mean(), low=low, high=high, p=p, better=better, worse=worse,
+            targets=len(x)))
     df = pd.DataFrame(rows)
     return df.assign(holm=holm(df.p))['a b gain low high p holm better worse targets'.split()]
 
 # %% ../nbs/0_ground/50_significance.ipynb #f0380e10
+def _wins(x):
+    "Wins, ties and losses among the gains `x`, the rate with its interval, and the sign test"
+    from scipy.stats import binomtest
+    wins = int((x>0).sum())
+    losses = int((x<0).sum())
+    n = wins+losses
+    counts = dict(wins=wins, ties=len(x)-n, losses=losses)
+    if not n: return dict(**counts, rate=np.nan, rate_low=0, rate_high=1, sign_p=1)
+    t = binomtest(wins, n)
+    low,high = t.proportion_ci(method='exact')
+    return dict(**counts, rate=wins/n, rate_low=low, rate_high=high, sign_p=t.pvalue)
+
+# %% ../nbs/0_ground/50_significance.ipynb #42784c69
 def win_rates(
     gains:pd.DataFrame, # From `differences`, of one or several pairs
 )->pd.DataFrame: # One row per pair: a, b, wins, ties, losses, rate, rate_low, rate_high, sign_p
-    "In how many targets `a` is above `b`, whatever the distance; ties are counted apart and left out of the rate"
-    from scipy.stats import binomtest
+    "In how many targets `a` is above `b`, whatever the distance; ties count apart and not in the rate"
     rows = []
     for (a,b),d in gains.groupby(['a','b'], sort=False):
         x = d.gain.astype(float).round(12) # .65-.6 and .55-.5 are the same
-        w,l = int((x>0).sum()),int((x<0).sum())
-        t = binomtest(w, w+l) if w+l else None
-        low,high = t.proportion_ci(method='exact') if t else (0,1)
-        rows.append(dict(a=a, b=b, wins=w, ties=len(x)-w-l, losses=l, rate=w/(w+l) if t else np.nan, rate_low=low, rate_high=high,
-            sign_p=t.pvalue if t else 1))
+        rows.append(dict(a=a, b=b, **_wins(x)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/0_ground/50_significance.ipynb #6d9e0b41
+# %% ../nbs/0_ground/50_significance.ipynb #5c8ef0fe
 @dataclass(frozen=True)
 class Ranks:
     "Mean ranks over targets, and how far apart two of them must be"
@@ -353,16 +418,20 @@ class Ranks:
         runs = [tuple(r.index[(r>=o)&(r<=o+self.cd)]) for o in r]
         return [o for i,o in enumerate(runs) if len(o)>1 and not any(set(o)<=set(k) for k in runs[:i])]
 
+# %% ../nbs/0_ground/50_significance.ipynb #6d9e0b41
 def critical_difference(
     accuracies:pd.DataFrame, # (target × name), none missing
     alpha:float=.05, # Familywise level, in (0, 1)
 )->Ranks: # Mean ranks, p-value and critical difference
-    "Friedman's test over targets, and Nemenyi's critical difference between mean ranks; ties share their ranks"
+    "Friedman's test over targets, and Nemenyi's critical difference of mean ranks; ties share their ranks"
     from scipy.stats import friedmanchisquare,studentized_range
     x = accuracies.round(12)
     n,k = x.shape
-    if k<3 or n<2: raise ValueError(f"ranks are of 3 or more names in 2 or more targets; got {k} and {n}; compare a pair by `differences`")
-    if x.isna().any(axis=None): raise ValueError(f"{x.columns[x.isna().any()][0]} is missing in a target; rank what was run in all of them")
+    if k<3 or n<2:
+        raise ValueError(f"ranks are of 3 or more names in 2 or more targets; got {k} and {n}; "
+            "compare a pair by `differences`")
+    lack = x.columns[x.isna().any()]
+    if len(lack): raise ValueError(f"{lack[0]} is missing in a target; rank what was run in all of them")
     same = (x.nunique(axis=1)==1).all()
     p = 1. if same else float(friedmanchisquare(*x.to_numpy().T).pvalue)
     q = studentized_range.isf(alpha, k, np.inf)/2**.5

@@ -47,7 +47,7 @@ class _Digits:
 
 # %% ../nbs/2_merging/30_sparse.ipynb #54a40c29
 @patch
-def add(self:_Digits, x):
+def _add(self:_Digits, x):
     if no_change(x):
         if not self.prefix: self.counts[0] += len(x) # All digits are 0
         return
@@ -84,7 +84,7 @@ def _histograms(chunks, prefix, shift, dtype):
     kind = torch.int32 if dtype==torch.float32 else torch.int64
     digits = [_Digits(p, shift, kind) for p in prefix]
     for x in chunks():
-        for d,row in zip(digits, x.to('cpu', dtype)): d.add(row)
+        for d,row in zip(digits, x.to('cpu', dtype)): d._add(row)
     return torch.stack([d.total() for d in digits])
 
 # %% ../nbs/2_merging/30_sparse.ipynb #650d8f9c

@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/5_runs/store.html.md"""
 __all__ = ['Store']
 
 # %% ../nbs/5_runs/10_store.ipynb #b9563bc1
-"""Results live in one SQLite file, never in the names of folders. A `Store` keeps every configuration as canonical
-JSON under its hash, one row for each score, and beside an accuracy the correctness of every item, so that any two runs
-can be compared item by item later. A run is recorded whole or not at all, recording it twice changes nothing, and a
-missing score is an error, never 0.0. Several processes of one machine may write at the same time."""
+"""Results live in one SQLite file, never in the names of folders. A `Store` keeps every configuration as
+canonical JSON under its hash, one row for each score, and beside an accuracy the correctness of every item,
+so that any two runs can be compared item by item later. A run is recorded whole or not at all, recording it
+twice changes nothing, and a missing score is an error, never 0.0. Several processes of one machine may
+write at the same time."""
 
 # %% ../nbs/5_runs/10_store.ipynb #d8c20e13
 import difflib,hashlib,json,math,os,sqlite3,time
@@ -26,23 +27,29 @@ from .core import *
 _app_id = 0x4d55524c # 'MURL': tells this file from SQLite files of other programs
 _steps = [["""create table configs(hash text primary key, config text not null, created text not null)""",
     """create table items(digest text primary key, n integer not null, ids text not null)""",
-    """create table scores(hash text not null references configs(hash), name text not null, locale text not null,
+    """create table scores(hash text not null references configs(hash), name text not null,
+        locale text not null,
         split text not null, metric text not null, value real not null, n integer, low real, high real,
         items text references items(digest), correct blob, created text not null,
         primary key(hash, name, locale, split, metric))"""]]
 
-# %% ../nbs/5_runs/10_store.ipynb #494f5eba
+# %% ../nbs/5_runs/10_store.ipynb #aac3069b
 _advice = dict(
     NOTADB="is not an SQLite file; give the store a path of its own",
     CORRUPT="is damaged; restore it from a copy, or read it with the `.recover` command of sqlite3",
-    FULL="cannot grow, the disk is full; earlier rows are intact, nothing of this record was kept: free space, try again",
-    IOERR="could not be read or written; nothing of this record was kept: check the disk and its quota, record again",
-    READONLY="cannot be written; choose a file and folder that you may write to, or only read it with readonly=True",
-    CANTOPEN="cannot be opened; its folder must exist and be writable, because SQLite keeps two more files beside it",
+    FULL="cannot grow, the disk is full; earlier rows are intact, nothing of this record was kept: free "
+        "space, try again",
+    IOERR="could not be read or written; nothing of this record was kept: check the disk and its quota, "
+        "record again",
+    READONLY="cannot be written; choose a file and folder that you may write to, or only read it with "
+        "readonly=True",
+    CANTOPEN="cannot be opened; its folder must exist and be writable, because SQLite keeps two more files "
+        "beside it",
     BUSY="stayed locked by another process; raise `timeout`, or look for a writer that hangs",
     LOCKED="stayed locked by another process; raise `timeout`, or look for a writer that hangs",
     PROTOCOL="stayed locked by another process; is it on a network file system?")
 
+# %% ../nbs/5_runs/10_store.ipynb #494f5eba
 def _store_error(e, path):
     code = (getattr(e, 'sqlite_errorname', None) or '').removeprefix('SQLITE_').split('_')[0]
     return StoreError(f"{path} {_advice.get(code, 'was refused by SQLite')} ({e})")
@@ -52,12 +59,14 @@ class Store:
     "Scores of many runs in one SQLite file at `path`"
     def __init__(self,
         path:str|Path, # The file; it and its folder are created when missing, unless `readonly`
-        readonly:bool=False, # Only read (True): a missing file is an error, and the folder need not be writable
+        readonly:bool=False, # Only read: a missing file is an error, and the folder need not be writable
         timeout:float=60., # Seconds to wait for other writers before giving up
     ):
         if str(path)==':memory:':
             raise StoreError("a store is a file, opened anew by every operation; give it a path on disk")
-        self.path,self.readonly,self.timeout = Path(path).absolute(),readonly,timeout
+        self.path = Path(path).absolute()
+        self.readonly = readonly
+        self.timeout = timeout
         if readonly and not self.path.exists():
             raise MissingDataError(f"no store at {path}; record a run there first")
         if self.path.is_dir():
@@ -66,10 +75,11 @@ class Store:
 
     def __repr__(self): return f"Store({str(self.path)!r}{', readonly=True' if self.readonly else ''})"
 
-# %% ../nbs/5_runs/10_store.ipynb #2fc3ac39
+# %% ../nbs/5_runs/10_store.ipynb #99c9d6a6
 @patch
 def _try(self:Store, f, *args):
-    end,pause = time.monotonic()+self.timeout,.005
+    end = time.monotonic()+self.timeout
+    pause = .005
     while True:
         try: return f(*args)
         except sqlite3.Error as e:
@@ -79,12 +89,14 @@ def _try(self:Store, f, *args):
         time.sleep(pause)
         pause = min(.2, 2*pause)
 
+# %% ../nbs/5_runs/10_store.ipynb #2fc3ac39
 @patch
 @contextmanager
 def _connect(self:Store, mode='mode=rw'):
     if self.readonly and not os.access(self.path.parent, os.W_OK): # a -shm file has no place
         mode = 'mode=ro' if Path(f'{self.path}-wal').exists() else 'immutable=1'
-    con = sqlite3.connect(f'{self.path.as_uri()}?{mode}', uri=True, timeout=min(self.timeout, 5), isolation_level=None)
+    con = sqlite3.connect(f'{self.path.as_uri()}?{mode}', uri=True, timeout=min(self.timeout, 5),
+        isolation_level=None)
     try:
         con.execute('pragma foreign_keys=on')
         con.execute('pragma synchronous=full') # a finished record survives a power cut
@@ -106,15 +118,16 @@ def _transaction(con):
 @patch
 def _check_version(self:Store, con):
     v,app,tables = con.execute("""select user_version, application_id, (select count(*) from sqlite_master)
-        from pragma_user_version, pragma_application_id""").fetchone() # At one moment: another process may be making the file
+        from pragma_user_version, pragma_application_id""").fetchone() # All at one moment
     if app!=_app_id and (app or v or tables):
-        raise StoreError(f"{self.path} is an SQLite file of another program; give the store a path of its own")
+        raise StoreError(f"{self.path} is an SQLite file of another program; give the store a path of its "
+            "own")
     if v>len(_steps):
-        raise StoreError(f"{self.path} has schema version {v} and this merginguriel knows {len(_steps)}; upgrade "
-            "merginguriel to read it")
+        raise StoreError(f"{self.path} has schema version {v} and this merginguriel knows {len(_steps)}; "
+            "upgrade merginguriel to read it")
     if self.readonly and v<len(_steps):
-        raise StoreError(f"{self.path} has schema version {v} of {len(_steps)}; open it once for writing, which "
-            "upgrades it")
+        raise StoreError(f"{self.path} has schema version {v} of {len(_steps)}; open it once for writing, "
+            "which upgrades it")
     return v
 
 # %% ../nbs/5_runs/10_store.ipynb #e8b73b08
@@ -123,7 +136,8 @@ def _open_file(self:Store):
     if not self.readonly:
         try: self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise StoreError(f"the folder of {self.path} cannot be made ({e}); choose one you may write to") from e
+            raise StoreError(
+                f"the folder of {self.path} cannot be made ({e}); choose one you may write to") from e
     with self._connect('mode=rw' if self.readonly else 'mode=rwc') as con:
         v = self._check_version(con)
         if not self.readonly and not os.access(self.path, os.W_OK):
@@ -131,8 +145,8 @@ def _open_file(self:Store):
         if v==len(_steps): return
         mode = con.execute('pragma journal_mode=wal').fetchone()[0]
         if mode!='wal':
-            raise StoreError(f"the file system of {self.path} has no shared memory for WAL; put the store on a "
-                "local disk")
+            raise StoreError(f"the file system of {self.path} has no shared memory for WAL; put the store on "
+                "a local disk")
         with _transaction(con):
             for step in _steps[self._check_version(con):]: # asked again: another process may have been faster
                 for o in step: con.execute(o)
@@ -154,7 +168,8 @@ def _number(s, k, required=False):
 
 # %% ../nbs/5_runs/10_store.ipynb #cef2b856
 def _items(s):
-    c,ids = s.get('correct'),s.get('ids')
+    c = s.get('correct')
+    ids = s.get('ids')
     if c is None: return None,None,None
     if isinstance(c, pd.Series) and ids is None: c,ids = c.to_numpy(),c.index
     c = np.asarray(c)
@@ -162,7 +177,8 @@ def _items(s):
         raise _bad(s, 'correct', f"is one True or False per item; got {c.dtype} {c.shape}")
     if s.get('n') not in (None,len(c)): raise _bad(s, 'n', f"is {s['n']} and correct has {len(c)} items")
     if s['metric']=='accuracy' and abs(c.mean()-s['value'])>1e-9:
-        raise _bad(s, 'value', f"is {s['value']} and the mean of correct is {c.mean()}; both are of one evaluation")
+        raise _bad(s, 'value', f"is {s['value']} and the mean of correct is {c.mean()}; both are of one "
+            "evaluation")
     if ids is None: return c,None,None
     ids = np.asarray(ids).tolist()
     if len(ids)!=len(c) or len(set(ids))!=len(ids):
@@ -174,17 +190,22 @@ def _items(s):
 def _score_row(s):
     extra = set(s)-set(_key)-{'value','n','low','high','correct','ids'}
     if extra:
-        raise StoreError(f"a score has no field {', '.join(sorted(extra))}; what describes a run is configuration")
+        raise StoreError(f"a score has no field {', '.join(sorted(extra))}; what describes a run is "
+            "configuration")
     for k in _key:
         if not isinstance(s.get(k), str) or not s[k]:
             raise _bad(s, k, f"is {s.get(k)!r}; {', '.join(_key)} are strings")
-    value,low,high,n = _number(s,'value',True),_number(s,'low'),_number(s,'high'),_number(s,'n')
+    value = _number(s,'value',True)
+    low = _number(s,'low')
+    high = _number(s,'high')
+    n = _number(s,'n')
     if n is not None and (n<1 or n!=int(n)): raise _bad(s, 'n', f"is {s['n']}; it is a number of items")
     if (low is None)!=(high is None) or low is not None and low>high:
         raise _bad(s, 'the interval', f"is [{low}, {high}]; give both ends, low first")
     c,digest,ids = _items(s)
     n = len(c) if c is not None else n if n is None else int(n)
-    row = tuple(s[k] for k in _key)+(value, n, low, high, digest, None if c is None else np.packbits(c).tobytes())
+    row = tuple(s[k] for k in _key)+(value, n, low, high, digest,
+        None if c is None else np.packbits(c).tobytes())
     return row,(digest,len(c),ids) if ids else None
 
 # %% ../nbs/5_runs/10_store.ipynb #fe627615
@@ -195,20 +216,22 @@ def record(self:Store,
     replace:bool=False, # Overwrite a score that differs (True), or raise `StoreError` and keep it (False)
 )->str: # Hash of `config`
     "Write `config` and its `scores` in one transaction; return the hash under which they are found"
-    text,h = canonical_json(config),config_hash(config)
+    text = canonical_json(config)
+    h = config_hash(config)
     rows = [_score_row(dict(s)) for s in scores]
     keys = [r[0][:4] for r in rows]
     if self.readonly: raise StoreError(f"{self} is for reading; open it without readonly=True to record")
     if not rows: raise StoreError("a run without scores is not recorded; was the evaluation skipped?")
     twice = [k for i,k in enumerate(keys) if k in keys[:i]]
     if twice:
-        raise StoreError(f"{'/'.join(twice[0])} is given twice; every score needs its own name, locale, split and "
-            "metric")
+        raise StoreError(f"{'/'.join(twice[0])} is given twice; every score needs its own name, locale, "
+            "split and metric")
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    self._try(self._write, dict(configs=[(h,text,now)], items=[o for _,o in rows if o], scores=[(h,*r,now) for r,_ in rows]), replace)
+    self._try(self._write, dict(configs=[(h,text,now)], items=[o for _,o in rows if o],
+        scores=[(h,*r,now) for r,_ in rows]), replace)
     return h
 
-# %% ../nbs/5_runs/10_store.ipynb #51bc641e
+# %% ../nbs/5_runs/10_store.ipynb #51eea8e5
 @patch
 def _write(self:Store, tables, replace):
     with self._connect() as con:
@@ -221,6 +244,7 @@ def _write(self:Store, tables, replace):
             con.executemany('insert or ignore into items values (?,?,?)', tables['items'])
             for h,*row,now in tables['scores']: self._put(con, h, tuple(row), now, replace)
 
+# %% ../nbs/5_runs/10_store.ipynb #51bc641e
 @patch
 def _put(self:Store, con, h, row, now, replace):
     key = 'hash=? and name=? and locale=? and split=? and metric=?'
@@ -229,10 +253,11 @@ def _put(self:Store, con, h, row, now, replace):
     if old and not replace:
         k,a,b = next(o for o in zip(_fields, old, row) if o[1]!=o[2])
         what = f"{k} {a} and would become {b}" if k not in ('items','correct') else f"other {k}"
-        raise StoreError(f"{'/'.join(row[:4])} of {h} is stored with {what}; it is kept: see what changed, or pass "
-            "replace=True")
+        raise StoreError(f"{'/'.join(row[:4])} of {h} is stored with {what}; it is kept: see what changed, "
+            "or pass replace=True")
     marks = ','.join('?'*(len(_fields)+2))
-    con.execute(f"insert or replace into scores(hash,created,{','.join(_fields)}) values ({marks})", (h,now,*row))
+    con.execute(f"insert or replace into scores(hash,created,{','.join(_fields)}) values ({marks})",
+        (h,now,*row))
 
 # %% ../nbs/5_runs/10_store.ipynb #885af2cb
 def _flat(d, prefix=''):
@@ -248,7 +273,7 @@ def _matches(v, want):
         return a==b and isinstance(a, bool)==isinstance(b, bool)
     return any(same(v, json.loads(canonical_json(w))) for w in wants)
 
-# %% ../nbs/5_runs/10_store.ipynb #8a59d28c
+# %% ../nbs/5_runs/10_store.ipynb #9722e8c3
 _columns = ['hash',*_key,'value','n','low','high','items','created']
 
 @patch
@@ -257,6 +282,7 @@ def _read(self:Store, query, args=()):
         self._check_version(con)
         return con.execute(query, args).fetchall()
 
+# %% ../nbs/5_runs/10_store.ipynb #8a59d28c
 @patch
 def configs(self:Store)->pd.DataFrame: # Index hash; one column per flattened field, and created
     "The configurations recorded so far, oldest first"
@@ -269,30 +295,36 @@ def configs(self:Store)->pd.DataFrame: # Index hash; one column per flattened fi
 # %% ../nbs/5_runs/10_store.ipynb #32c3461f
 @patch
 def scores(self:Store,
-    **filter, # Column = value, or a list of values to accept: target='sq-AL', k=[2,5], **{'merge.method':'ties'}
-)->pd.DataFrame: # hash, name, locale, split, metric, value, n, low, high, items, created, then the configuration
+    **filter, # Column = value, or a list of values: target='sq-AL', k=[2,5], **{'merge.method':'ties'}
+)->pd.DataFrame: # hash, name, locale, split, metric, value, n, low, high, items, created, configuration
     "One row per score with its configuration, those that match `filter`, in the order of recording"
     rows = self._try(self._read, f"select {','.join(_columns)} from scores order by rowid")
     df = pd.DataFrame(rows, columns=_columns).astype(dict(value=float, n='Int64', low=float, high=float))
-    df = df.merge(self.configs().drop(columns='created').reset_index(), on='hash', how='left', validate='many_to_one')
+    df = df.merge(self.configs().drop(columns='created').reset_index(), on='hash', how='left',
+        validate='many_to_one')
     for k,v in filter.items():
         if k not in df.columns:
             near = difflib.get_close_matches(k, df.columns, 3, .5) or list(df.columns)
-            raise KeyError(f"no score and no configuration has a field {k!r}; did you mean {', '.join(near)}?")
+            raise KeyError(f"no score and no configuration has a field {k!r}; did you mean "
+                f"{', '.join(near)}?")
         df = df.loc[[_matches(o, v) for o in df[k].astype(object)]]
     return df.reset_index(drop=True)
 
-# %% ../nbs/5_runs/10_store.ipynb #c1a46fb6
+# %% ../nbs/5_runs/10_store.ipynb #95cbd852
 @patch
 def find(self:Store,
     start:str, # First digits of a hash
 )->str: # The whole hash
     "The one run whose hash begins with `start`"
-    found = [h for h, in self._try(self._read, 'select hash from configs where substr(hash,1,?)=?', (len(start),start))]
+    found = [h for h, in self._try(self._read, 'select hash from configs where substr(hash,1,?)=?',
+        (len(start),start))]
     if len(found)==1: return found[0]
-    if found: raise KeyError(f"{len(found)} runs begin with {start!r}, such as {', '.join(found[:3])}; give more digits")
+    if found:
+        raise KeyError(f"{len(found)} runs begin with {start!r}, such as {', '.join(found[:3])}; give more "
+            "digits")
     raise KeyError(f"no run of {self.path} begins with {start!r}; `merginguriel report` lists them")
 
+# %% ../nbs/5_runs/10_store.ipynb #c1a46fb6
 @patch
 def config(self:Store,
     hash:str, # Hash that `record` returned
@@ -302,7 +334,7 @@ def config(self:Store,
     if not rows: raise KeyError(f"no run of {self.path} has the hash {hash!r}")
     return json.loads(rows[0][0])
 
-# %% ../nbs/5_runs/10_store.ipynb #48e890c1
+# %% ../nbs/5_runs/10_store.ipynb #65faff62
 @patch
 def has(self:Store,
     config, # Configuration, or its hash
@@ -311,6 +343,7 @@ def has(self:Store,
     h = config if isinstance(config, str) else config_hash(config)
     return bool(self._try(self._read, 'select 1 from configs where hash=?', (h,)))
 
+# %% ../nbs/5_runs/10_store.ipynb #48e890c1
 @patch
 def correct(self:Store,
     hash:str, # Hash that `record` returned
@@ -321,20 +354,21 @@ def correct(self:Store,
     by_id:bool=False, # Return a Series indexed by item id (True) or an array in the recorded order (False)
 ): # Booleans, one per item
     "Which items were right, for `mcnemar` and `paired_bootstrap`"
-    rows = self._try(self._read, """select s.correct, s.n, i.ids from scores s left join items i on i.digest=s.items
+    rows = self._try(self._read,
+        """select s.correct, s.n, i.ids from scores s left join items i on i.digest=s.items
         where hash=? and name=? and locale=? and split=? and metric=?""", (hash,name,locale,split,metric))
     if not rows or rows[0][0] is None:
-        raise MissingDataError(f"no items are stored for {name}/{locale}/{split}/{metric} of {hash}; record the "
-            "score with correct=")
+        raise MissingDataError(f"no items are stored for {name}/{locale}/{split}/{metric} of {hash}; record "
+            "the score with correct=")
     blob,n,ids = rows[0]
     c = np.unpackbits(np.frombuffer(blob, np.uint8), count=n).astype(bool)
     if not by_id: return c
     if ids is None:
-        raise MissingDataError(f"{name}/{locale}/{split} of {hash} was recorded without ids, so its items cannot be "
-            "paired safely")
+        raise MissingDataError(f"{name}/{locale}/{split} of {hash} was recorded without ids, so its items "
+            "cannot be paired safely")
     return pd.Series(c, index=json.loads(ids), name=name)
 
-# %% ../nbs/5_runs/10_store.ipynb #8b7b5e28
+# %% ../nbs/5_runs/10_store.ipynb #8c163ec7
 @patch
 def tables(self:Store)->dict: # Name of a table -> its rows
     "Everything in this store, for `absorb` of another"
@@ -342,9 +376,11 @@ def tables(self:Store)->dict: # Name of a table -> its rows
         with self._connect() as con:
             self._check_version(con)
             con.execute('begin') # All three of one moment
-            return {t:con.execute(f'select * from {t} order by rowid').fetchall() for t in ('configs','items','scores')}
+            return {t:con.execute(f'select * from {t} order by rowid').fetchall()
+                for t in ('configs','items','scores')}
     return self._try(read)
 
+# %% ../nbs/5_runs/10_store.ipynb #8b7b5e28
 @patch
 def absorb(self:Store,
     tables:dict, # From `tables` of another store

@@ -24,7 +24,7 @@ from .trials import *
 from .measure import *
 from .significance import *
 from .experiment import *
-from .experiment import _method,_scaled
+from .gains import *
 from .across import *
 from .report import *
 
@@ -37,7 +37,7 @@ surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','
 # %% ../nbs/6_studies/20_survey.ipynb #9b3b72b4
 def _looks(m):
     "Whether a method reads texts before it merges"
-    name,hp = _method(m)
+    name,hp = named_method(m)
     return name,hp,bool(text_of(m)) or measures(name, hp)
 
 def survey(
@@ -54,11 +54,12 @@ def survey(
     first = replace(e, methods=tuple(m for m in e.methods if _looks(m)[2]) or ('linear',))
     r = run(first, out, store, device, progress)
     w = e.merged_weights(r.weights)
-    trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'), Path(out)/'predictions', device=device)
+    trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'),
+        bank=Path(out)/'predictions', device=device)
     acc,start = {},time.time()
     for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
         name,hp,_ = _looks(m)
-        acc[method_label(m)] = trials.accuracy(name, _scaled(name, w), head=e.head, seed=e.seed, **hp)
+        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed, **hp)
     r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
         seconds=r.seconds|dict(trials=round(time.time()-start, 1)))
     r.record(store or Path(out)/'store.sqlite')

@@ -8,9 +8,10 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/text_masks.html.md"""
 __all__ = ['learn_text_masks']
 
 # %% ../nbs/4_models/55_text_masks.ipynb #fbefcbd9
-"""`learn_masks` takes a model in memory and batches of token ids. Here is what is around it for people who have folders and sentences.
-`learn_text_masks` looks for each source at a sample of its own training texts, with the labels in their proportions,
-and writes the masks where `merge` finds them. No text of a target is involved, unless the target is a source."""
+"""`learn_masks` takes a model in memory and batches of token ids. This page is for those who have model
+folders and sentences. `learn_text_masks` looks at a sample of each source's own training texts, with the
+labels in their proportions, and writes the masks where `merge` finds them. No text of a target is involved,
+unless the target is a source."""
 
 # %% ../nbs/4_models/55_text_masks.ipynb #8c5a13eb
 import pandas as pd
@@ -18,6 +19,7 @@ from .core import *
 from .base_model import *
 from .localize import *
 from .data import *
+from .classifier import *
 from .train import *
 from .measure import *
 
@@ -27,6 +29,7 @@ def learn_text_masks(
     sources:dict, # Name -> folder of a fine-tuned classifier
     data:dict, # Name -> its labelled texts
     out=None, # Folder to write the masks to; None: only in memory
+    *,
     n:int=1024, # Texts of each source that are looked at, stratified by label; 0: all
     batch_size:int=64, # Texts in a batch; memory grows with it
     seed:int=0, # Seed of the sample
@@ -34,14 +37,20 @@ def learn_text_masks(
     **options, # Of `learn_masks`: density, lam, reg, lr, epochs, keys, …
 )->Masks:
     "Learn masks from the texts that the sources were trained on"
-    if set(data)!=set(sources): raise ValueError(f"data are of {sorted(data)}, the sources {sorted(sources)}; give the texts of each")
-    found,logs,made = {},[],{}
+    if set(data)!=set(sources):
+        raise ValueError(f"data are of {sorted(data)}, the sources {sorted(sources)}; give the texts of each")
+    found = {}
+    logs = []
+    made = {}
     for name,folder in sources.items():
         model,tok = load_classifier(folder)
-        texts = subsample(data[name], n, seed) if n and len(data[name])>n else data[name]
-        batches = measuring_batches(texts, tok, len(texts), text_limit(model), model_labels(folder), batch_size)
+        texts = data[name]
+        if n and len(texts)>n: texts = subsample(texts, n, seed)
+        batches = measuring_batches(texts, tok, len(texts), text_limit(model), labels=model_labels(folder),
+            batch_size=batch_size)
         one = learn_masks(model.to(pick_device(device)), base, {name:folder}, {name:batches}, **options)
-        found[name],made = one[name],one.made|dict(texts=n, seed=seed)
+        found[name] = one[name]
+        made = one.made|dict(texts=n, seed=seed)
         logs.append(one.log)
     masks = pack_masks(found, made, pd.concat(logs, ignore_index=True))
     if out is not None: masks.save(out)

@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/0_ground/toy.html.md"""
 __all__ = ['toy_locales', 'toy_labels', 'toy_word', 'toy_rows', 'toy_base', 'toy_sources', 'toy_similarity']
 
 # %% ../nbs/0_ground/30_toy.ipynb #4e7066a4
-"""Every page needs an example that is small enough to check and real enough to run. The toy world is a parallel corpus of
-made-up sentences about `lights` and `music` in five locales, a base model in XLM-RoBERTa's architecture whose word vectors
-already know translations approximately, and classifiers derived from it. A file it writes is an ordinary model folder:
-`AutoModel` and `AutoTokenizer` load it. It is written without torch, so a page that only needs files stays fast."""
+"""Every page needs an example that is small enough to check by hand and real enough to run. The toy world has
+a parallel corpus of made-up sentences about `lights` and `music` in five locales. Its base model has the
+architecture of XLM-RoBERTa, with word vectors that know translations approximately, and its classifiers are
+derived from that base. What it writes are ordinary model folders, which `AutoModel` and `AutoTokenizer` load.
+It does so without torch, so a page that only needs files stays fast."""
 
 # %% ../nbs/0_ground/30_toy.ipynb #372b3ddc
 import json
@@ -27,26 +28,41 @@ toy_locales = ['de-DE','en-US','sq-AL','sw-KE','vi-VN']
 toy_labels = ['lights','music']
 _concepts = dict(lights='lamp bright dark switch glow'.split(), music='song play band tune loud'.split(),
     filler='please now my room kitchen the again and'.split())
-_shared = {'de-DE':.5, 'en-US':1., 'sq-AL':.3, 'sw-KE':0., 'vi-VN':0.} # share of words spelled as in en-US
-_blur = {'de-DE':.2, 'en-US':.1, 'sq-AL':.5, 'sw-KE':1.1, 'vi-VN':.8} # how badly the base knows the locale's words
+# share of words spelled as in en-US
+_shared = {'de-DE':.5, 'en-US':1., 'sq-AL':.3, 'sw-KE':0., 'vi-VN':0.}
+# how badly the base knows the locale's words
+_blur = {'de-DE':.2, 'en-US':.1, 'sq-AL':.5, 'sw-KE':1.1, 'vi-VN':.8}
 
-# %% ../nbs/0_ground/30_toy.ipynb #e04aa470
+# %% ../nbs/0_ground/30_toy.ipynb #6bf43165
 def _rng(*names): return np.random.default_rng(derive_seed(0, 'toy', *names))
-
 def _all_concepts(): return [c for cs in _concepts.values() for c in cs]
 
+# %% ../nbs/0_ground/30_toy.ipynb #e04aa470
 @cache
 def toy_word(
     concept:str, # A concept such as 'lamp'
     locale:str, # One of `toy_locales`
 )->str: # How `locale` spells it
     "The word of `locale` for `concept`"
-    if locale not in toy_locales: raise ValueError(f"the toy world has the locales {toy_locales}; got {locale!r}")
+    if locale not in toy_locales:
+        raise ValueError(f"the toy world has the locales {toy_locales}; got {locale!r}")
     return concept if _rng(concept).random()<_shared[locale] else f'{concept}-{locale[:2]}'
+
+# %% ../nbs/0_ground/30_toy.ipynb #18d23b5f
+_sizes = {'train':(0,96), 'dev':(1000,48), 'test':(2000,96)} # first id, number of sentences
 
 # %% ../nbs/0_ground/30_toy.ipynb #d2033ec1
 _sizes = {'train':(0,96), 'dev':(1000,48), 'test':(2000,96)} # first id, number of sentences
 
+def _sentence(i):
+    "The concepts of sentence `i` in their order, and its label"
+    r = _rng('row',i)
+    label = toy_labels[i%2]
+    words = list(r.choice(_concepts[label], r.integers(1,3))) + list(r.choice(_concepts['filler'], 2))
+    if r.random()<1/8: words.append(r.choice(_concepts[toy_labels[1-i%2]]))
+    return [str(w) for w in r.permutation(words)],label
+
+# %% ../nbs/0_ground/30_toy.ipynb #67f5c9e2
 def toy_rows(
     locale:str, # One of `toy_locales`
     split:str, # 'train', 'dev' or 'test'
@@ -56,20 +72,23 @@ def toy_rows(
     start,n = _sizes[split]
     rows = []
     for i in range(start, start+n):
-        r,label = _rng('row',i),toy_labels[i%2]
-        words = list(r.choice(_concepts[label], r.integers(1,3))) + list(r.choice(_concepts['filler'], 2))
-        if r.random()<1/8: words.append(r.choice(_concepts[toy_labels[1-i%2]]))
-        rows.append(dict(id=i, text=' '.join(toy_word(str(w),locale) for w in r.permutation(words)), label=label))
+        words,label = _sentence(i)
+        rows.append(dict(id=i, text=' '.join(toy_word(w,locale) for w in words), label=label))
     return rows
 
-# %% ../nbs/0_ground/30_toy.ipynb #abc4cb8a
-_hidden,_ffn,_positions,_special = 16,32,34,['<s>','<pad>','</s>','<unk>','<mask>']
+# %% ../nbs/0_ground/30_toy.ipynb #1b6c85e3
+_hidden = 16
+_ffn = 32
+_positions = 34
+_special = ['<s>','<pad>','</s>','<unk>','<mask>']
 
+# %% ../nbs/0_ground/30_toy.ipynb #6920a876
 @cache
 def _vocab():
     words = dict.fromkeys(toy_word(c,o) for o in toy_locales for c in _all_concepts())
     return _special + list(words)
 
+# %% ../nbs/0_ground/30_toy.ipynb #abc4cb8a
 @cache
 def _word_vectors():
     "Row `i` is the vector of word `i`: its concept's, blurred as its locale is"
@@ -80,22 +99,26 @@ def _word_vectors():
             vecs[i] = _rng('concept',c).normal(size=_hidden) + _blur[o]*_rng('blur',c,o).normal(size=_hidden)
     return vecs
 
-# %% ../nbs/0_ground/30_toy.ipynb #a7561193
-def _linear(name, out, inp, rng): return {f'{name}.weight':rng.normal(size=(out,inp))*inp**-.5, f'{name}.bias':np.zeros(out)}
+# %% ../nbs/0_ground/30_toy.ipynb #54c7c261
+def _linear(name, out, inp, rng):
+    return {f'{name}.weight':rng.normal(size=(out,inp))*inp**-.5, f'{name}.bias':np.zeros(out)}
 def _norm(name): return {f'{name}.weight':np.ones(_hidden), f'{name}.bias':np.zeros(_hidden)}
 
+# %% ../nbs/0_ground/30_toy.ipynb #a7561193
 @cache
 def _encoder():
     "The parameters of the base by the names XLM-RoBERTa gives them"
-    r,l = _rng('encoder'),'encoder.layer.0.'
+    r = _rng('encoder')
+    l = 'encoder.layer.0.'
     p = {'embeddings.word_embeddings.weight':_word_vectors(),
          'embeddings.position_embeddings.weight':np.zeros((_positions,_hidden)),
          'embeddings.token_type_embeddings.weight':np.zeros((1,_hidden)), **_norm('embeddings.LayerNorm')}
-    for k in ('self.query','self.key','self.value','output.dense'): p |= _linear(f'{l}attention.{k}', _hidden, _hidden, r)
+    for k in ('self.query','self.key','self.value','output.dense'):
+        p |= _linear(f'{l}attention.{k}', _hidden, _hidden, r)
     p |= _norm(f'{l}attention.output.LayerNorm') | _linear(f'{l}intermediate.dense', _ffn, _hidden, r)
     return p | _linear(f'{l}output.dense', _hidden, _ffn, r) | _norm(f'{l}output.LayerNorm')
 
-# %% ../nbs/0_ground/30_toy.ipynb #5f4f5006
+# %% ../nbs/0_ground/30_toy.ipynb #5ca95d9d
 def _config(**kw):
     return dict(model_type='xlm-roberta', vocab_size=len(_vocab()), hidden_size=_hidden, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=_ffn, max_position_embeddings=_positions, type_vocab_size=1,
@@ -103,6 +126,7 @@ def _config(**kw):
         hidden_dropout_prob=0., attention_probs_dropout_prob=0.,
         finetune=dict(epochs=6, lr=1e-2, batch_size=16, max_length=32)) | kw
 
+# %% ../nbs/0_ground/30_toy.ipynb #5f4f5006
 def _write_tokenizer(path):
     from tokenizers import Tokenizer,models,pre_tokenizers,processors
     t = Tokenizer(models.WordLevel({w:i for i,w in enumerate(_vocab())}, unk_token='<unk>'))
@@ -111,27 +135,46 @@ def _write_tokenizer(path):
         special_tokens=[('<s>',0),('</s>',2)])
     t.add_special_tokens(_special)
     t.save(str(path/'tokenizer.json'))
-    (path/'tokenizer_config.json').write_text(json.dumps(dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>',
-        eos_token='</s>', cls_token='<s>', sep_token='</s>', pad_token='<pad>', unk_token='<unk>', mask_token='<mask>',
-        model_max_length=32)))
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='</s>',
+        cls_token='<s>', sep_token='</s>', pad_token='<pad>', unk_token='<unk>', mask_token='<mask>',
+        model_max_length=32)
+    (path/'tokenizer_config.json').write_text(json.dumps(config))
 
-# %% ../nbs/0_ground/30_toy.ipynb #f41fc4de
-def _write_model(path, params, config):
+# %% ../nbs/0_ground/30_toy.ipynb #4367255b
+def _write_model(path, params, config, more={}):
     from safetensors.numpy import save_file
+    params = {k:v.astype(np.float32) for k,v in params.items()}
     with atomic_dir(path, replace=True) as d:
-        save_file({k:v.astype(np.float32) for k,v in params.items()}, d/'model.safetensors', metadata={'format':'pt'})
+        save_file(params, d/'model.safetensors', metadata={'format':'pt'})
         (d/'model.safetensors').chmod(0o644) # safetensors writes files that only the owner may read
-        (d/'config.json').write_text(json.dumps(config, indent=1))
+        for name,said in {'config.json':config, **more}.items():
+            (d/name).write_text(json.dumps(said, indent=1))
         _write_tokenizer(d)
     return path
 
+# %% ../nbs/0_ground/30_toy.ipynb #f41fc4de
 def toy_base(
     out:str|Path, # Folder to write
 )->Path: # The folder: an encoder without a head, its tokenizer and its configuration
     "Write the toy base model to `out`"
-    return _write_model(Path(out).expanduser(), _encoder(), _config(architectures=['XLMRobertaModel']))
+    seen = dict(locales=toy_locales, parallel=True, languages=[], corpora=['the toy world'])
+    config = _config(architectures=['XLMRobertaModel'])
+    return _write_model(Path(out).expanduser(), _encoder(), config, {'seen.json':seen})
 
 # %% ../nbs/0_ground/30_toy.ipynb #8e78ad8f
+def _classifier(locale, scale, shared_head):
+    "The parameters of the toy classifier of `locale`"
+    p = {f'roberta.{k}':v for k,v in _encoder().items()}
+    r = _rng('head') if shared_head else _rng('head', locale)
+    p |= _linear('classifier.dense', _hidden, _hidden, r)
+    p |= _linear('classifier.out_proj', len(toy_labels), _hidden, r)
+    for k,v in p.items():
+        common = _rng('task',k).normal(size=v.shape)
+        own = _rng('task',k,locale).normal(size=v.shape)
+        p[k] = v + scale*(common + own)*.5**.5
+    return p
+
+# %% ../nbs/0_ground/30_toy.ipynb #4837096b
 def toy_sources(
     out:str|Path, # Folder that gets one model folder per locale
     sources=('de-DE','en-US','sq-AL'), # Locales to make models for
@@ -139,16 +182,9 @@ def toy_sources(
     shared_head:bool=True, # Heads from one initialisation (True) or from one each (False)
 )->dict: # Locale -> model folder
     "Write toy classifiers for `sources`, each the base plus its own small task vector"
-    models = {}
-    for o in sources:
-        p = {f'roberta.{k}':v for k,v in _encoder().items()}
-        r = _rng('head', *([] if shared_head else [o]))
-        p |= _linear('classifier.dense', _hidden, _hidden, r) | _linear('classifier.out_proj', len(toy_labels), _hidden, r)
-        p = {k: v + scale*(_rng('task',k).normal(size=v.shape) + _rng('task',k,o).normal(size=v.shape))*.5**.5 for k,v in p.items()}
-        cfg = _config(architectures=['XLMRobertaForSequenceClassification'], id2label=dict(enumerate(toy_labels)),
-            label2id={l:i for i,l in enumerate(toy_labels)})
-        models[o] = _write_model(inside(out, o), p, cfg)
-    return models
+    config = _config(architectures=['XLMRobertaForSequenceClassification'],
+        id2label=dict(enumerate(toy_labels)), label2id={l:i for i,l in enumerate(toy_labels)})
+    return {o:_write_model(inside(out, o), _classifier(o, scale, shared_head), config) for o in sources}
 
 # %% ../nbs/0_ground/30_toy.ipynb #034bfa20
 def toy_similarity()->pd.DataFrame:

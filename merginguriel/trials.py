@@ -8,10 +8,11 @@ Docs: https://merginguriel.github.io/merginguriel/4_models/trials.html.md"""
 __all__ = ['Kept', 'Trials', 'grid']
 
 # %% ../nbs/4_models/35_trials.ipynb #6848b9c0
-"""Which method, which weights, which density? Each answer is a merge and a pass over the texts. `Trials` opens base and
-sources once and keeps one classifier in memory, whose parameters every merge overwrites; the texts are tokenized once. What
-remains is the passes themselves. With a `bank` each outcome is kept under the content of the models, the texts and the
-configuration, so an interrupted sweep goes on where it stopped, and a second one costs nothing."""
+"""Which method, which weights and which density are best is found out by merging and by running the texts
+through each merge. `Trials` opens base and sources once and keeps one classifier in memory, whose parameters
+every merge overwrites; the texts are tokenized once. What remains to be paid for is the passes themselves.
+With a `bank` each outcome is kept under the content of the models, the texts and the configuration, so an
+interrupted sweep goes on where it stopped, and a second one costs nothing."""
 
 # %% ../nbs/4_models/35_trials.ipynb #8b277226
 import itertools
@@ -26,6 +27,7 @@ from .base_model import *
 from .head import *
 from .merge import *
 from .data import *
+from .classifier import *
 from .train import *
 from .evaluate import *
 
@@ -44,6 +46,7 @@ class Trials:
         base, # Pretrained model: folder or file; None where the methods need none
         sources:dict, # Name -> fine-tuned model: folder
         data, # Texts with labels and ids, as `load_intents` returns them
+        *,
         bank:str|Path|None=None, # Folder of kept predictions; None: nothing is kept
         batch_size:int=128, # Texts run at once
         device:str|None=None, # 'cpu' or 'cuda' for the passes; None: CUDA where there is one
@@ -51,12 +54,19 @@ class Trials:
         keep:bool=True, # Keep in memory what merges need again with other weights
     ):
         if lack := [k for k,v in sources.items() if model_folder(v) is None]:
-            raise MissingDataError(f"no config.json beside {lack[0]}; a trial runs texts through a model folder")
+            raise MissingDataError(f"no config.json beside {lack[0]}; "
+                "a trial runs texts through a model folder")
         if not len(data): raise ValueError("the data set is empty; there is nothing to try the merges on")
-        self.base = None if base is None else open_checkpoint(resolve_model(base) if isinstance(base, str) else base)
-        self.sources,self.data,self.bank = {k:open_checkpoint(v) for k,v in sources.items()},data,bank and Path(bank)
-        self.batch_size,self.device,self.dtype = batch_size,pick_device(device, dtype),dtype
-        self.folders,self._loaded = {k:model_folder(v) for k,v in sources.items()},(None,None,None)
+        if isinstance(base, str): base = resolve_model(base)
+        self.base = None if base is None else open_checkpoint(base)
+        self.sources = {k:open_checkpoint(v) for k,v in sources.items()}
+        self.data = data
+        self.bank = bank and Path(bank)
+        self.batch_size = batch_size
+        self.device = pick_device(device, dtype)
+        self.dtype = dtype
+        self.folders = {k:model_folder(v) for k,v in sources.items()}
+        self._loaded = (None,None,None)
         self.kept = dict(keep=Kept()) if keep else {}
     def __repr__(self): return f"Trials({', '.join(self.sources)}; {len(self.data)} texts)"
 
@@ -67,25 +77,29 @@ def _classifier(self:Trials, weights):
     if self._loaded[0]!=first: self._loaded = (first, *load_classifier(self.folders[first]))
     return self._loaded[1:]
 
+# %% ../nbs/4_models/35_trials.ipynb #9d648220
 @patch
 def predictions(self:Trials,
     method:str='linear', # Name in `methods`
     weights=None, # Name -> weight, or a list; None: the method's own default
+    *,
     head:str='average', # Head policy: 'average', 'best' or 'base'
     seed:int=0, # Seed of methods that draw random numbers
     **hp, # Hyperparameters of the method
 )->Predictions: # In the order of the data and of its label names
     "What the merge of the sources says about the texts"
     t = methods.traits(method)
-    w = check_weights(self.sources, weights, t.default, t.negative)
+    w = check_weights(self.sources, weights, default=t.default, negative=t.negative)
     path = self.bank and self.bank/f'{self._key(method, w, head, seed, hp)}.parquet'
     if path and path.exists(): return load_predictions(path)
     model,tok = self._classifier(w)
     merged = merge_state_dicts(self.base, self.sources, method, w, head=head, seed=seed, **self.kept, **hp)
     model.load_state_dict(merged, strict=False)
     if lack := [k for k,_ in model.named_parameters() if k not in merged]:
-        raise IncompatibleError(f"the merge has no {lack[0]!r}, which the classifier needs; the sources are not of one architecture")
-    p = predict(model, self.data, self.batch_size, self.device, self.dtype, tok)
+        raise IncompatibleError(f"the merge has no {lack[0]!r}, which the classifier needs; "
+            "the sources are not of one architecture")
+    p = predict(model, self.data, batch_size=self.batch_size, device=self.device, dtype=self.dtype,
+        tokenizer=tok)
     if path: save_predictions(p, path)
     return p
 
@@ -93,11 +107,14 @@ def predictions(self:Trials,
 @patch
 def _key(self:Trials, method, w, head, seed, hp):
     "Everything the predictions depend on, as a hash"
-    hp = check_hyperparameters(method, {**hp, **({} if methods.traits(method).deterministic else {'seed':seed})}, int((w!=0).sum()))
+    if not methods.traits(method).deterministic: hp = {**hp, 'seed':seed}
+    hp = check_hyperparameters(method, hp, int((w!=0).sum()))
     if not hasattr(self, '_digests'): self._digests = {k:model_digest(f) for k,f in self.folders.items()}
-    return config_hash(dict(trial=1, base=self.base and kept_digest(self.base)[0], sources=self._digests, weights=dict(w), method=method,
-        hp=hp, head=head, data=self.data._fingerprint, labels=label_names(self.data), dtype=self.dtype))
+    return config_hash(dict(trial=1, base=self.base and kept_digest(self.base)[0], sources=self._digests,
+        weights=dict(w), method=method, hp=hp, head=head, data=self.data._fingerprint,
+        labels=label_names(self.data), dtype=self.dtype))
 
+# %% ../nbs/4_models/35_trials.ipynb #c7b640da
 @patch
 def accuracy(self:Trials,
     method:str='linear', # Name in `methods`
@@ -113,20 +130,24 @@ def grid(
 )->list: # One dictionary for each combination
     "All combinations of hyperparameters"
     for k,v in values.items():
-        if isinstance(v, (str,dict)) or not hasattr(v, '__iter__'): raise ValueError(f"{k} needs a list of values; got {v!r}")
+        if isinstance(v, (str,dict)) or not hasattr(v, '__iter__'):
+            raise ValueError(f"{k} needs a list of values; got {v!r}")
     return [dict(zip(values, o)) for o in itertools.product(*values.values())]
 
+# %% ../nbs/4_models/35_trials.ipynb #8beccacc
 @patch
 def sweep(self:Trials,
     method:str, # Name in `methods`
-    values:list, # Dictionaries of hyperparameters, e.g. from `grid`; all are checked before the first is tried
+    values:list, # Dictionaries of hyperparameters, e.g. from `grid`; all are checked before the first trial
     weights=None, # Name -> weight, or a list; None: the method's own default
+    *,
     progress:bool=False, # Show a bar
     **kw, # As for `predictions`
 )->pd.DataFrame: # One row for each: its hyperparameters, accuracy, low, high, n
     "Accuracy for many values of the hyperparameters of one method"
     from tqdm.auto import tqdm
-    for hp in values: check_hyperparameters(method, hp if methods.traits(method).deterministic else hp|dict(seed=0), len(self.sources))
+    drawn = {} if methods.traits(method).deterministic else dict(seed=0)
+    for hp in values: check_hyperparameters(method, hp|drawn, len(self.sources))
     rows = []
     for hp in tqdm(values, disable=not progress, unit='merge', leave=False):
         a = self.accuracy(method, weights, **hp, **kw)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from merginguriel.base_model import *
+from merginguriel.tokenizer import *
 from merginguriel.checkpoint import *
 from merginguriel.core import *
 from merginguriel.toy import *

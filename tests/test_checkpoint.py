@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file,save_file
 from merginguriel.checkpoint import *
+from merginguriel.tensor_files import *
 from merginguriel.core import *
 
 def raw(header, data=b'', n=None):

@@ -1,8 +1,8 @@
 """Every command runs on toy models, its help is the comments beside the parameters and loads nothing heavy, and what is wrong
 with what was typed is one line on stderr and exit code 2."""
-import importlib, inspect, json, os, re, subprocess, sys
+import importlib, inspect, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, pytest
+import pandas as pd, pytest, torch, warm
 from fastcore.docments import docments
 from merginguriel import __version__
 from merginguriel.cli import commands, main, parser
@@ -11,7 +11,7 @@ from merginguriel.store import Store
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'finetune-all', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,13 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture
-def here(toy, tmp_path, monkeypatch):
-    "An empty folder with the toy models in it, and a cache of its own"
+def here(toy, tmp_path, tmp_path_factory, monkeypatch):
+    "An empty folder with the toy models in it, a cache of its own, and kernels that have loaded torch"
     for o in ('base', 'models'): (tmp_path/o).symlink_to(toy/o)
     monkeypatch.setenv('MERGINGURIEL_CACHE', str(tmp_path/'cache'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('JUPYTER_PATH', warm.kernel(tmp_path_factory.mktemp('jupyter')))
     monkeypatch.delenv('MERGINGURIEL_TRACEBACK', raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -83,9 +84,9 @@ def test_help_is_the_comments(name, capfd):
 
 
 BORROWED = [('finetune', 'train.TrainOptions', 'epochs lr head_lr anchor batch_size warmup patience'),
-    ('finetune', 'train.finetune', 'seed dtype'), ('finetune', 'data.load_intents', 'locale'),
+    ('finetune', 'train.finetune', 'seed dtype'), ('finetune-all', 'experiment.Experiment', 'base dataset halves n_train'), ('finetune', 'data.load_intents', 'locale'),
     ('evaluate', 'evaluate.predict', 'batch_size max_length'), ('nxn', 'evaluate.nxn', 'split'),
-    ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.select_sources', 'temperature'),
+    ('select', 'experiment.Experiment', 'target k include_target weighting'), ('select', 'selection.SelectionOptions', 'temperature'),
     ('merge', 'merge.merge', 'method head seed replace'), ('audit', 'audit.audit', 'exclude digests'), ('match-base', 'base_model.match_base', 'out seed new_head'),
     ('sweep', 'runner.run_all', 'executor workers retry retries timeout limit num_gpus'), ('sweep', 'runner.plan', 'out store'),
     ('compat', 'compute_compatibility_matrix.compute_compatibility_matrix', 'models_dir pretrained metric seed layer estimator n')]
@@ -145,6 +146,49 @@ def test_finetune_evaluate_and_nxn(here, capfd):
     m = pd.read_csv('nxn.csv', index_col=0)
     assert (m.index.name, list(m.index), list(m)) == ('source', ['sq-AL', 'en-US'], ['sq-AL', 'vi-VN'])
     assert m.loc['sq-AL', 'sq-AL'] == pytest.approx(value, abs=1e-4)
+
+
+def test_finetune_all(here, capfd, monkeypatch):
+    "Seed by seed, in the order given; an experiment finds what was trained, and a second call trains nothing"
+    text = 'finetune-all --locales sq-AL,en-US --seeds 0,1 --halves --base toy --dataset toy --epochs 1'
+    assert 'say where the models go' in error(text, capfd)
+    monkeypatch.setenv('MERGINGURIEL_MODELS', str(here/'kept'))
+    code, out, _ = typed(text, capfd)
+    assert code == 0
+    said = [re.match(r'(\S+), seed (\d): dev accuracy [\d.]+ in epoch 1 of 1, [\d.]+ minutes in fp32 on cpu; (\d) of 4, about \d+ minutes left', o)
+        for o in out.splitlines()]
+    assert [o.groups() for o in said] == [('sq-AL','0','1'), ('en-US','0','2'), ('sq-AL','1','3'), ('en-US','1','4')]
+    from merginguriel.experiment import Experiment
+    e = Experiment('sw-KE', dataset='toy', base='toy', seed=1, halves=True, options=dict(epochs=1))
+    path = e.train('en-US', here/'runs')
+    assert path.parent == here/'kept' and not (here/'runs').exists()
+    record = json.loads((path/'training_record.json').read_text())
+    assert set(map(int, record['ids'].split())) == set(e.dataset_of('en-US', 'train')['id'][:])
+    before = {p: p.stat().st_mtime_ns for p in (here/'kept').glob('*/model.safetensors')}
+    assert typed(text, capfd)[0] == 0 and len(before) == 4
+    assert before == {p: p.stat().st_mtime_ns for p in (here/'kept').glob('*/model.safetensors')}
+    assert 'did you mean' in error(text.replace('en-US', 'en-SU'), capfd)
+
+
+def test_finetune_all_goes_on_where_it_was_killed(here, capfd):
+    "Killed in the middle of a model, and refused while another process trains"
+    args = 'finetune-all --models kept --locales sq-AL,en-US --base toy --dataset toy --epochs 40'.split()
+    code = 'import sys; from merginguriel.cli import main; sys.exit(main(sys.argv[1:]))'
+    p = subprocess.Popen([sys.executable, '-c', code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.time()+60
+        while not list((here/'kept').glob('.en-US*.state')) and p.poll() is None and time.time() < until: time.sleep(.005)
+        busy = error(' '.join(args), capfd)
+    finally:
+        p.kill()
+        p.communicate()
+    assert p.returncode == -signal.SIGKILL and 'another process is training into kept' in busy
+    first = next((here/'kept').glob('sq-AL*/model.safetensors'))
+    before, state = first.stat().st_mtime_ns, next((here/'kept').glob('.en-US*.state'))
+    done = len(torch.load(state, weights_only=True)['history'])
+    code, out, _ = typed(' '.join(args), capfd)
+    assert code == 0 and first.stat().st_mtime_ns == before and not state.exists() and 1 <= done < 40
+    assert out.count('\n') == 2 and len(list((here/'kept').glob('*/training_record.json'))) == 2
 
 
 def test_finetune_on_the_shipped_base(here, capfd):
@@ -280,9 +324,9 @@ def test_run_demo_and_report(here, capfd):
     "The main job on toy data: from one line typed to the sentence, and its rows to a table"
     code, out, _ = typed('run exctar --target sq-AL --world toy --k 1 --methods linear --out r', capfd)
     assert code == 0 and out.startswith('executed notebook: r/sq-AL-toy-exctar.ipynb\n') and Path('r/sq-AL-toy-exctar.ipynb').is_file()
-    assert 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    assert 'sq-AL, ExcTar (parallel base; touched: base: parallel text of the target): linear of ' in out
     code, out, _ = typed('demo --target sq-AL --world toy --out r', capfd)
-    assert code == 0 and 'sq-AL, ExcTar (zero-shot; touched: nothing of the target): linear of ' in out
+    assert code == 0 and 'sq-AL, ExcTar (parallel base; touched: base: parallel text of the target): linear of ' in out
     code, out, err = typed('report --store r/store.sqlite --target sq-AL', capfd)
     assert code == 0 and out.count('| ExcTar, zero-shot, toy, toy, uriel, proportional, k=') == 2
     own = re.findall(r'^\| (\w+) \| sq-AL \| test \| own \| baseline \| (\S+) \| (\S+) \| (\S+) \| 1 \| 0.000 \| 96 \| (\w{8}) \|$', out, re.M)
@@ -334,7 +378,7 @@ ERRORS = [('frobnicate', 'no such command'), ('reprot', 'did you mean report?'),
     ('run exctar --k three', "argument --k: invalid int value: 'three'"), ('run --target cy-GB exctar', 'unknown option --target'),
     ('finetune --out m', 'required: --locale'), ('finetune --locale cy-GB --out m --epoch 1', 'did you mean --epochs?'),
     ('finetune --locale xx-XX --out m --dataset toy --base base', "got 'xx-XX'"),
-    ('finetune --locale sq-AL --out models --dataset toy --base base', 'models holds something else'),
+    ('finetune --locale sq-AL --out models --dataset toy --base base', 'models is a link to'),
     ('finetune --locale sq-AL --out m --dataset toy --base base --epochs 0', 'epochs is out of range'),
     ('finetune --locale sq-AL --out m --dataset toy --base absent/base', 'absent/base'),
     ('evaluate models/sq-AL --locale sq-AL --dataset nothing', "'nothing' is neither 'home'"), ('evaluate absent/m --locale sq-AL --dataset toy', 'absent/m'),
@@ -398,8 +442,8 @@ def test_options_are_not_abbreviated_and_may_have_underscores(here, capfd):
 
 def test_a_failing_template_says_where_it_stopped(here, capfd):
     e = error('run exctar --target xx-XX --world toy --out r', capfd)
-    assert "ValueError: unknown locale 'xx-XX'" in e and 'of r/xx-XX-toy-exctar.ipynb, which is executed up to there' in e
-    cells = json.loads(Path('r/xx-XX-toy-exctar.ipynb').read_text())['cells']
+    assert "ValueError: unknown locale 'xx-XX'" in e and 'of r/xx-XX-toy-exctar.failed.ipynb, which is executed up to there' in e
+    cells = json.loads(Path('r/xx-XX-toy-exctar.failed.ipynb').read_text())['cells']
     assert any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
 
 

@@ -4,13 +4,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from merginguriel import checkpoint, compatibility
+from merginguriel import checkpoint, inner_products
 from merginguriel.base_model import match_base
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.compatibility import *
+from merginguriel.inner_products import *
 from merginguriel.compute_compatibility_matrix import compute_compatibility_matrix, find_models, main, model_features, shared_texts
 from merginguriel.core import CheckpointError, IncompatibleError, MissingDataError
 from merginguriel.representation import *
+from merginguriel.tensor_files import entry_bytes
 from merginguriel.task_vector import TensorNamesError, task_vector, task_vector_gram
 from merginguriel.toy import toy_base, toy_locales, toy_rows, toy_sources
 
@@ -33,10 +35,10 @@ def fetched(monkeypatch):
         seen[k] = seen.get(k, 0)+n
     def read_and_count(self, k, *args, **kw):
         t = read(self, k, *args, **kw)
-        count(self._entry(k).where, t.nbytes)
+        count(self.entry(k).where, t.nbytes)
         return t
     def hash_and_count(e):
-        count(e.where, checkpoint._nbytes(e))
+        count(e.where, entry_bytes(e))
         return hashed(e)
     monkeypatch.setattr(checkpoint.Checkpoint, 'read', read_and_count)
     monkeypatch.setattr(checkpoint, '_hash', hash_and_count)
@@ -208,14 +210,14 @@ def test_one_model_under_two_names(toy, tmp_path):
 
 KILLED = """
 import itertools, os, signal, sys
-from merginguriel import compatibility
-steps, fill = itertools.count(), compatibility._fill
+from merginguriel import inner_products
+steps, fill = itertools.count(), inner_products._fill
 def dying(*args):
     if next(steps) == 5: os.kill(os.getpid(), signal.SIGKILL)
     fill(*args)
-compatibility._fill = dying
+inner_products._fill = dying
 base, cache, *models = sys.argv[1:]
-compatibility.measure_products(base, {os.path.basename(o): o for o in models}, cache=cache, save_every=0)
+inner_products.measure_products(base, {os.path.basename(o): o for o in models}, cache=cache, save_every=0)
 """
 
 def test_a_killed_run_goes_on(toy, tmp_path, fetched):
@@ -229,13 +231,13 @@ def test_a_killed_run_goes_on(toy, tmp_path, fetched):
 
 def test_ctrl_c_keeps_what_was_measured(toy, tmp_path, monkeypatch, fetched):
     base, models = toy
-    fill, steps = compatibility._fill, iter(range(100))
+    fill, steps = inner_products._fill, iter(range(100))
     def stop(*args):
         if next(steps) == 7: raise KeyboardInterrupt
         fill(*args)
-    monkeypatch.setattr(compatibility, '_fill', stop)
+    monkeypatch.setattr(inner_products, '_fill', stop)
     with pytest.raises(KeyboardInterrupt): measure_products(base, models, cache=tmp_path, save_every=1e9)
-    monkeypatch.setattr(compatibility, '_fill', fill)
+    monkeypatch.setattr(inner_products, '_fill', fill)
     fetched.clear()
     p = measure_products(base, models, cache=tmp_path)
     assert 0 < p.bytes_read < 6*body(base)

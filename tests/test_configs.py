@@ -29,4 +29,4 @@ def test_the_ablation_is_one_that_can_run():
     for target in o['targets'].split(','):
         e, = experiments('0', '', o['method'], '', candidates=o['candidates'], target=target, k=o['k'], similarity=o['similarity'],
             include_target=o['include_target'], weighting=o['weighting'])
-        assert e.contract()['touched'] == ['none'] and target in e.candidates and set(o['pair_targets'].split(',')) <= set(o['targets'].split(','))
+        assert e.config()['contract']['touched'] == ['none'] and target in e.candidates and set(o['pair_targets'].split(',')) <= set(o['targets'].split(','))

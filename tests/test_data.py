@@ -263,3 +263,39 @@ def test_subsample_keeps_proportions():
 def test_unlabelled():
     ds = unlabelled(load_intents('toy','sw-KE','dev'))
     assert ds.column_names==['text','id'] and 'label' not in ds.features and unlabelled(ds).column_names==['text','id']
+
+# halves
+
+@pytest.mark.parametrize('name', ['toy','home'])
+def test_the_halves_are_the_whole_and_share_no_origin(name, home_cache):
+    locale = {'toy':'sq-AL','home':'cy-GB'}[name]
+    whole,a,b = (load_intents(name, locale, 'train', part=o) for o in (None,'A','B'))
+    assert sorted(a['id'][:]+b['id'][:])==sorted(whole['id'][:]) and len(a) and len(b)
+    assert not {origin_of(o,name) for o in a['id'][:]}&{origin_of(o,name) for o in b['id'][:]}
+    assert len({whole._fingerprint, a._fingerprint, b._fingerprint})==3
+    assert label_names(a)==label_names(b)==label_names(whole)
+
+def test_a_half_depends_on_the_id_alone():
+    assert [half_of(o,'massive') for o in range(12)]==[half_of(str(o),'toy') for o in range(12)]
+    assert half_of('abc-0','home')==half_of('abc-7','home')
+    assert 900<sum(half_of(o,'massive')=='A' for o in range(2000))<1100
+
+@pytest.mark.skipif(not os.environ.get('MERGINGURIEL_MASSIVE'), reason='needs a copy of MASSIVE')
+def test_the_halves_of_massive():
+    ids = {o:[load_intents('massive',o,'train',part=p)['id'][:] for p in 'AB'] for o in ('sw-KE','th-TH')}
+    assert ids['sw-KE']==ids['th-TH'] and [len(o) for o in ids['sw-KE']]==[5763,5751]
+    assert len(set(load_intents('massive','sw-KE','train',part='A')['label'][:]))==60
+
+def test_bad_parts(tmp_path):
+    with pytest.raises(ValueError, match="part is 'A' or 'B'"): load_intents('toy','en-US','train',part='C')
+    with pytest.raises(ValueError, match="only 'train' has parts, and 'dev' is whole"): load_intents('toy','en-US','dev',part='A')
+    (tmp_path/'one.csv').write_text('id,text,label,split\n0,a,x,train\n1,b,y,test\n')
+    empty = 'B' if half_of(0,'')=='A' else 'A'
+    with pytest.raises(MissingDataError, match='has too few|too few'): load_intents(tmp_path/'one.csv','en-US','train',part=empty)
+
+def test_shared_ids():
+    a,b = (load_intents('toy','en-US','train',part=o) for o in 'AB')
+    target = load_intents('toy','sq-AL','train')
+    assert shared_ids(target,a)==len(a) and shared_ids(target,a,b)==len(target) and shared_ids(b,a)==0
+    assert shared_ids(target, [str(o) for o in a['id'][:3]])==3
+    assert shared_ids(unlabelled(load_intents('toy','sq-AL','dev')), a)==0

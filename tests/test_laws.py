@@ -78,6 +78,16 @@ CASES = [(m,given(m, dict.fromkeys(NAMES, model(0)))|hp) for m in ALL for hp in 
 IDS = [f"{m}-{'-'.join(str(v) for v in hp.values() if not isinstance(v, dict)) or 'default'}" for m,hp in CASES]
 cases = pytest.mark.parametrize('method,hp', CASES, ids=IDS)
 
+def cases_where(declared):
+    "The cases for which `declared`, told a case's traits, method and hyperparameters, says that the law holds"
+    chosen = [(o,i) for o,i in zip(CASES, IDS) if declared(methods.traits(o[0]), *o)]
+    assert chosen
+    return pytest.mark.parametrize('method,hp', [o for o,_ in chosen], ids=[i for _,i in chosen])
+
+def takes_then(method): return 'then' in inspect.signature(methods[method]).parameters
+def adam(hp): return hp.items()>=ADAM.items()
+def whole_change(t, method, hp): return t.convex or (method=='task_arithmetic' and hp=={'scale':1.})
+
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
 def body(m): return {k:v for k,v in m.items() if v.is_floating_point() and not k.startswith('classifier')}
 def close(a, b, tol=1e-6): return all(torch.allclose(a[k], b[k], rtol=tol, atol=tol) for k in body(a))
@@ -174,7 +184,8 @@ def test_order_of_tensors_is_irrelevant(method, hp):
     assert same(merge_state_dicts(base, sources, method, w, **hp),
         merge_state_dicts(turn(base), {k:turn(m) for k,m in sources.items()}, method, w, **hp))
 
-@cases
+# What drops by row and then measures the model is under the test of `then`
+@cases_where(lambda t,method,hp: not (takes_then(method) and measures_the_model(method, hp)))
 def test_the_loop_applies_the_pure_function(method, hp):
     "To each tensor; or, where something is measured over the whole model, to the whole model as one vector"
     base,sources,w = world(dtype=torch.float64)
@@ -182,7 +193,6 @@ def test_the_loop_applies_the_pure_function(method, hp):
     fn,names = methods[method],sorted(sources)
     taus,ws = [task_vector(base, sources[k]) for k in names],torch.tensor([w[k] for k in names], dtype=torch.float64)
     whole = measures_the_model(method, hp)
-    if whole and 'then' in inspect.signature(fn).parameters: pytest.skip('drops by row, then measures the model: see the test of `then`')
     if t.deterministic and not whole:
         for k in body(base):
             o = pure(method, hp, k, names)
@@ -215,35 +225,31 @@ def test_what_is_kept_changes_no_later_merge(method, hp):
     for s,v,h in merges:
         assert same(merge_state_dicts(base, s, method, v, keep=kept, **h), merge_state_dicts(base, s, method, v, **h))
 
-@cases
+@cases_where(lambda t,method,hp: t.translation) # Others are no functions of the task vectors
 def test_translation(method, hp):
-    if not methods.traits(method).translation: pytest.skip('declared: not a function of the task vectors')
     base,sources,w = world(dtype=torch.float64)
     shift = lambda m: {k:v+2. if k in body(m) else v for k,v in m.items()}
     a = merge_state_dicts(shift(base), {k:shift(m) for k,m in sources.items()}, method, w, **hp)
     assert close(a, shift(merge_state_dicts(base, sources, method, w, **hp)), 1e-9)
 
-@cases
+@cases_where(lambda t,method,hp: t.homogeneous and not adam(hp))
 def test_homogeneity(method, hp):
-    if not methods.traits(method).homogeneous or hp.items()>=ADAM.items(): pytest.skip('declared: not homogeneous')
     base,sources,w = world(dtype=torch.float64)
     grow = lambda m: {k:base[k]+4*(v-base[k]) if k in body(m) else v for k,v in m.items()}
     a = merge_state_dicts(base, {k:grow(m) for k,m in sources.items()}, method, w, **hp)
     assert close(a, grow(merge_state_dicts(base, sources, method, w, **hp)), 1e-9)
 
-@cases
+# Others change the length of a task vector
+@cases_where(lambda t,method,hp: whole_change(t, method, hp) and not adam(hp)
+    or method in ('ties','localize_and_stitch') and hp.get('density')==1)
 def test_copies_of_one_model(method, hp):
-    convex = methods.traits(method).convex and not hp.items()>=ADAM.items() or (method=='task_arithmetic' and hp=={'scale':1.}) or \
-        (method in ('ties','localize_and_stitch') and hp.get('density')==1)
-    if not convex: pytest.skip('declared: changes the length of a task vector')
     base,sources,w = world()
     one = sources['sq-AL']
     assert close(merge_state_dicts(base, {k:dict(one) for k in sources}, method, w, **hp), one)
 
-@cases
+@cases_where(whole_change) # Others change the length of a task vector
 def test_one_hot_weights_give_that_source(method, hp):
     t = methods.traits(method)
-    if not (t.convex or (method=='task_arithmetic' and hp=={'scale':1.})): pytest.skip('declared: changes the length of a task vector')
     base,sources,_ = world()
     for k in sources:
         m = merge_state_dicts(base, sources, method, {o:float(o==k) for o in sources}, **hp)
@@ -256,9 +262,8 @@ def test_weight_zero_is_leaving_out(method, hp):
     assert same(merge_state_dicts(base, sources, method, w|{'de-DE':0}, **hp),
         merge_state_dicts(base, less, method, {k:w[k] for k in less}, **hp))
 
-@cases
+@cases_where(lambda t,method,hp: t.scale_free and hp.get('combine')!='sum') # For others the sum of the weights matters
 def test_scale_of_weights(method, hp):
-    if not methods.traits(method).scale_free or hp.get('combine')=='sum': pytest.skip('declared: the sum of the weights matters')
     base,sources,w = world()
     assert close(merge_state_dicts(base, sources, method, w, **hp), merge_state_dicts(base, sources, method, {k:8*v for k,v in w.items()}, **hp))
 
@@ -435,11 +440,11 @@ def test_then_merges_what_dropping_left(method, hp, then, inner):
         exact = methods.traits(then).coefficients is None # The loop adds these in float64
         assert same(body(got), want) if exact else close(got, want)
 
-@pytest.mark.parametrize('method', ALL)
+def from_the_loop(method, t): return method in STATISTICS or bool(t.given) and not t.prepare # Coefficients, or what was measured
+
+@pytest.mark.parametrize('method', [o for o in ALL if not from_the_loop(o, methods.traits(o))])
 def test_dropping_nothing_is_the_inner_method(method):
     "To the bit, for the pure functions"
-    if methods.traits(method).given and not methods.traits(method).prepare: pytest.skip('its coefficients come from the loop')
-    if method in STATISTICS: pytest.skip('what was measured comes from the loop')
     base,sources,w = world(4)
     taus,ws = torch.stack([task_vector(base, m)['a.weight'] for m in sources.values()]),torch.tensor(list(w.values()))
     want = methods[method](base['a.weight'], taus, ws)

@@ -8,8 +8,11 @@ import pytest
 
 from merginguriel.core import ContractError,MissingDataError
 from merginguriel.locales import study_locales
-from merginguriel.selection import TARGET_INFO,check_contract,select_sources,sinkhorn,touched_by
-from merginguriel.similarity import feature_sets,observed_features,real_similarity,uriel_similarity
+from merginguriel.card import base_seen
+from merginguriel.mini import mini_path
+from merginguriel.selection import TARGET_INFO,base_touches,check_contract,select_sources,sinkhorn,touched_by
+from merginguriel.similarity import (feature_sets,observed_features,real_similarity,register_similarity,similarities,
+    uriel_similarity)
 import merginguriel.similarity as similarity_module
 
 names = ['af-ZA','cy-GB','el-GR','it-IT','ro-RO','sq-AL','sw-KE','th-TH']
@@ -145,6 +148,24 @@ def test_contract_table():
                 assert r['stamp']!='oracle' and r['mode']==('IncTar' if include else 'ExcTar')
                 assert json.loads(json.dumps(r))==r
 
+def test_parallel_text_is_said():
+    assert check_contract(False, ['unlabelled_train','parallel_text'])['stamp']=='parallel'
+    assert check_contract(True, ['unlabelled_train','parallel_text'])['stamp']=='supervised'
+    assert check_contract(False, ['unlabelled_test','parallel_text'])['stamp']=='transductive'
+
+@pytest.mark.parametrize('target,words,stamp', [('sq-AL', ['base: parallel text of the target'], 'parallel base'),
+    ('sv-SE', ['base: never read the language'], 'zero-shot'), ('zh-CN', ['base: never read the language'], 'zero-shot'),
+    ('he-IL', ['base: never read the language'], 'zero-shot')])
+def test_what_the_shipped_base_has_read(target, words, stamp):
+    touched = base_touches(base_seen(mini_path()), target)
+    assert touched==words and check_contract(False, touched)['stamp']==stamp
+    assert check_contract(False, {*touched,'unlabelled_dev'})['stamp']=='unsupervised'
+
+def test_a_base_of_ordinary_text_touches_nothing_of_a_language_it_reads():
+    web = dict(locales=[], parallel=False, languages=['no','sv'], corpora=['CC-100'])
+    assert [base_touches(web,o) for o in ('sv-SE','nb-NO','cy-GB')]==[[],[],['base: never read the language']]
+    assert base_touches(None,'cy-GB')==[]
+
 def test_contract_of_real_selection():
     s = real_similarity(random_similarity(5))
     with pytest.raises(ContractError): check_contract(False, touched_by(s))
@@ -154,4 +175,23 @@ def test_contract_of_real_selection():
 def test_exctar_never_merges_the_target():
     w = select_sources('sq-AL', random_similarity(6), 3, include_target=True)
     for oracle in (False,True):
-        with pytest.raises(ContractError): check_contract(False, [], oracle, target='sq-AL', sources=w.index)
+        with pytest.raises(ContractError): check_contract(False, [], oracle=oracle, target='sq-AL', sources=w.index)
+
+
+def test_a_registered_similarity_says_what_it_touches():
+    "A similarity of one's own is chosen by name, and `touched_by` knows it without being changed"
+    @register_similarity('test of registering', touches='unlabelled_{split}')
+    def made(names):
+        m = pd.DataFrame(np.eye(len(names)), list(names), list(names))
+        m.attrs = dict(similarity='test of registering')
+        return m.rename_axis(index='source', columns='target')
+    try:
+        m = similarities['test of registering'](['sq-AL','sw-KE','cy-GB'])
+        assert touched_by(m) == touched_by('test of registering') == ['unlabelled_dev']
+        assert list(select_sources('sq-AL', m, 1, weighting='uniform').index) == ['cy-GB']
+        def other(names): pass
+        other.__module__ = 'elsewhere'
+        with pytest.raises(ValueError, match='already'): register_similarity('test of registering', 'none')(other)
+    finally: del similarities['test of registering']
+    with pytest.raises(KeyError, match='did you mean uriel'): similarities['uril']
+    assert {'uriel','real'} <= set(similarities)

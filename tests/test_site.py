@@ -2,7 +2,7 @@
 then every target, link, anchor, image, setting, skill page and command is looked up. Each check is seen to catch a planted fault."""
 import hashlib, importlib.util, json, os, re, shlex, shutil, subprocess, sys, textwrap
 from pathlib import Path
-import pytest, yaml
+import pytest, warm, yaml
 from papermill import inspect_notebook
 
 ROOT = Path(__file__).parent.parent
@@ -10,6 +10,8 @@ NBS = ROOT/'nbs'
 DOC_HOST = 'https://merginguriel.github.io/merginguriel/'
 PAGES = ('.ipynb', '.qmd', '.md')
 STAGE = """
+import functools, nbdev.config
+nbdev.config._load_toml = functools.cache(nbdev.config._load_toml) # Asked for each cell
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 refresh_quarto_yml()
@@ -23,8 +25,8 @@ def copy(tmp_path_factory):
     out = tmp_path_factory.mktemp('site')/'repository'
     shutil.copytree(ROOT, out, symlinks=True, ignore=shutil.ignore_patterns('.git', 'runs', '_proc', '_docs', 'build', 'dist',
         '.venv', 'venv', '__pycache__', '*.egg-info', '.pytest_cache', '.ipynb_checkpoints'))
-    env = dict(os.environ, PYTHONDONTWRITEBYTECODE='1', MPLBACKEND='agg', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-    r = subprocess.run([sys.executable, '-c', STAGE], cwd=out, env=env, capture_output=True, text=True, timeout=600)
+    env = dict(os.environ, PYTHONDONTWRITEBYTECODE='1', MPLBACKEND='agg', **warm.VARIABLES)
+    r = subprocess.run([*warm.python(), '-c', STAGE], cwd=out, env=env, capture_output=True, text=True, timeout=600)
     assert r.returncode == 0, (r.stdout+r.stderr)[-6000:]
     return out
 
@@ -394,6 +396,6 @@ def test_python_of_skill_pages_runs(path, tmp_path):
     "The snippets of a page, one after another, in an empty folder"
     code = '\n'.join(blocks(path, 'python'))
     if not code: pytest.skip('no Python on this page')
-    env = dict(os.environ, HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false')
-    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    env = dict(os.environ, **warm.VARIABLES)
+    r = subprocess.run([*warm.python(), '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr[-3000:]

@@ -6,7 +6,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = {'runs', 'build', 'dist', '_docs', '_proc', '__pycache__', 'venv', 'env', 'site-packages', 'node_modules'}
-MAX_EXPORTED, MAX_CELL, MAX_FUNCTION, MAX_EXAMPLE, MAX_LINE, MAX_BYTES = 400, 50, 50, 12, 140, 150*1024
+MAX_EXPORTED = 400 # Lines of a notebook that are exported
+MAX_CELL = 50
+MAX_FUNCTION = 50
+MAX_EXAMPLE = 12
+MAX_LINE = 110 # Characters, in every code cell
+MAX_POSITIONAL = 6 # Arguments of a call that are not named
+MAX_PARAMETERS = 8 # Of a public function; more are fields of an options dataclass
+MAX_BYTES = 150*1024
 FORBIDDEN = {'util', 'utils', 'helper', 'helpers', 'manager', 'managers', 'advanced', 'enhanced', 'unified', 'refactored', 'v2'}
 # a folder of some machine at the start of a path: after a letter, a dot or ~ it is the middle of a relative one or of an address
 MACHINE = re.compile(r'(?<![\w.+~-])/(?:work|root|tmp)/|(?<![\w.+~-])/home/(?=\w)')
@@ -135,6 +142,109 @@ def signatures(path):
     return out
 
 
+# ---- plain statements
+
+def dotted(o): return isinstance(o, ast.Name) or isinstance(o, ast.Attribute) and dotted(o.value)
+def is_empty(o): return isinstance(o, (ast.List, ast.Tuple)) and not o.elts or isinstance(o, ast.Dict) and not o.keys
+def is_number(o): return isinstance(o, ast.UnaryOp) and isinstance(o.operand, ast.Constant)
+def is_plain(o): return dotted(o) or isinstance(o, ast.Constant) or is_number(o) or is_empty(o)
+
+
+def is_packed(o):
+    "Whether an assignment puts several expressions into as many names; a swap does not, and names and constants may"
+    if not isinstance(o, ast.Assign) or not isinstance(o.value, ast.Tuple): return False
+    targets = [t for t in o.targets if isinstance(t, (ast.Tuple, ast.List))]
+    if not targets or all(map(is_plain, o.value.elts)): return False
+    return sorted(map(ast.unparse, targets[0].elts)) != sorted(map(ast.unparse, o.value.elts))
+
+
+def blocks(tree):
+    "Every list of statements in `tree`"
+    for o in ast.walk(tree):
+        yield from (b for b in (getattr(o, k, None) for k in ('body', 'orelse', 'finalbody')) if isinstance(b, list))
+
+
+def start(o): return ast.unparse(o).splitlines()[0][:60]
+
+
+def packed(path):
+    "Packed assignments, and statements that share a line by a semicolon"
+    out = []
+    for c in codes(path):
+        if ends(c): continue
+        tree = ast.parse(code(c))
+        out += [f'packed assignment: {start(o)}' for o in ast.walk(tree) if is_packed(o)]
+        for b in blocks(tree):
+            out += [f'two statements on a line: {start(o)}' for o, n in zip(b, b[1:]) if o.end_lineno == n.lineno]
+    return out
+
+
+def tricks(path):
+    "Uses of all local names at once"
+    calls = [o for c in codes(path) for o in ast.walk(ast.parse(code(c))) if isinstance(o, ast.Call)]
+    found = [o for o in calls if isinstance(o.func, ast.Name) and (o.func.id == 'locals' or o.func.id == 'vars' and not o.args)]
+    return [f'all local names at once: {ast.unparse(o)}' for o in found]
+
+
+# ---- seams
+
+def private(name): return name.startswith('_') and not name.startswith('__')
+
+
+def module_names(tree, package='merginguriel'):
+    "Names under which `tree` has modules of the package, and name -> what was imported from which of them"
+    names, imported = set(), []
+    for o in ast.walk(tree):
+        if isinstance(o, ast.Import): names |= {a.asname for a in o.names if a.asname and a.name.startswith(package+'.')}
+        if not isinstance(o, ast.ImportFrom): continue
+        if o.module == package or o.level and not o.module: names |= {a.asname or a.name for a in o.names}
+        elif o.level or o.module.startswith(package+'.'): imported += [(o.module, a.name) for a in o.names]
+    return names, imported
+
+
+def seams(path):
+    "Private names of one module that another uses"
+    out, known = [], set()
+    for c in codes(path):
+        tree = ast.parse(code(c))
+        names, imported = module_names(tree)
+        known |= names
+        out += [f'private name of another module: {m}.{n}' for m, n in imported if private(n)]
+        used = [o for o in ast.walk(tree) if isinstance(o, ast.Attribute) and private(o.attr)]
+        out += [f'private name of another module: {ast.unparse(o)}' for o in used if getattr(o.value, 'id', None) in known]
+    return out
+
+
+# ---- arguments
+
+TAKES_ANY = {'print', 'min', 'max', 'zip'}
+
+
+def calls(path):
+    "Calls in which a reader has to count"
+    found = [o for c in codes(path) for o in ast.walk(ast.parse(code(c))) if isinstance(o, ast.Call)]
+    long = [o for o in found if len(o.args) > MAX_POSITIONAL and getattr(o.func, 'id', None) not in TAKES_ANY]
+    return [f'{len(o.args)} positional arguments: {ast.unparse(o.func)[:60]}' for o in long]
+
+
+def n_parameters(f):
+    "Parameters of a function that have a name of their own"
+    a = f.args
+    return len([o for o in (*a.posonlyargs, *a.args, *a.kwonlyargs) if o.arg not in ('self', 'cls')])
+
+
+def has_options(f):
+    "Whether a function takes an options dataclass"
+    given = [o for o in (*f.args.args, *f.args.kwonlyargs, *([f.args.kwarg] if f.args.kwarg else []))]
+    return any(o.arg == 'options' or o.annotation and 'Options' in ast.unparse(o.annotation) for o in given)
+
+
+def functions(path):
+    "Public functions with too many parameters"
+    found = [o for c in codes(path) if exported(c) for o in public(ast.parse(code(c)))]
+    return [f'{label} has {n_parameters(f)} parameters' for f, label in found if n_parameters(f) > MAX_PARAMETERS and not has_options(f)]
+
+
 # ---- names
 
 def words(s): return [o.lower() for o in re.findall(r'[vV]\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+', s)]
@@ -209,8 +319,10 @@ def parameters_cell(path):
 
 # ---- the repository
 
+CHECKS = [sizes, imports, signatures, names, packed, tricks, seams, calls, functions]
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
-@pytest.mark.parametrize('check', [sizes, imports, signatures, names], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
 def test_notebook(path, check): assert check(path) == []
 
 @pytest.mark.parametrize('path', NUMBERED, ids=name)
@@ -257,7 +369,7 @@ def notebook(folder, cells, name='10_good.ipynb'):
 
 def test_a_good_page_has_no_faults(tmp_path):
     p = notebook(tmp_path, GOOD)
-    assert [(f.__name__, f(p)) for f in (sizes, anatomy, imports, signatures, names, machine_paths) if f(p)] == []
+    assert [(f.__name__, f(p)) for f in (*CHECKS, anatomy, machine_paths) if f(p)] == []
     assert parameters_cell(notebook(tmp_path, [md('# X'), PARAMETERS])) == []
 
 
@@ -270,7 +382,22 @@ FAULTS = [ # checker, what is put in, where (None: added before the last cell; a
     (sizes, py('#| exports\n'+'\n'.join(f'a{i} = {i}' for i in range(51))), None, 'exported cell of 51 lines: a0'),
     (sizes, py('#| export\ndef f():\n    "Doc"\n\n\n'+body(49)), None, 'function of 53 lines: f'),
     (sizes, py('\n'.join(f'a{i} = {i}' for i in range(13))), None, 'example cell of 13 lines'),
-    (sizes, py('a = 1 # '+'x'*140), None, 'line of 148 characters'),
+    (sizes, py('a = 1 # '+'x'*103), None, 'line of 111 characters'),
+    (sizes, py('#| export\n"'+'x'*110+'"'), None, 'line of 112 characters'),
+    (packed, py('a,b = f(1),2'), None, 'packed assignment: a, b = (f(1), 2)'),
+    (packed, py('def f(x):\n    if x:\n        [a,b] = x,-x'), None, 'packed assignment'),
+    (packed, py('x[0],x[1] = x[1],x[2]'), None, 'packed assignment'),
+    (packed, py('def f():\n    a = 1; return a'), None, 'two statements on a line: a = 1'),
+    (tricks, py('f(**{k:v for k,v in locals().items()})'), None, 'all local names at once: locals()'),
+    (tricks, py('def f(): return vars()'), None, 'all local names at once: vars()'),
+    (seams, py('#| export\nfrom merginguriel.merge import merge,_plan'), None, 'merginguriel.merge._plan'),
+    (seams, py('from .merge import _plan as plan'), None, 'merge._plan'),
+    (seams, [py('def f():\n    from merginguriel import merge as m'), py('m._plan(1)')], None, 'private name of another module: m._plan'),
+    (seams, [py('#| hide\nimport merginguriel.merge as m'), py('m._plan(1)')], None, 'private name of another module: m._plan'),
+    (calls, py('f(1,2,3,4,5,6,7)'), None, '7 positional arguments: f'),
+    (calls, py('o.f(1,2,3,4,5,*x,7,a=1)'), None, '7 positional arguments: o.f'),
+    (functions, py('#| export\ndef f(a,b,c,d,e,*,f,g,h,i): pass'), None, 'f has 9 parameters'),
+    (functions, py('#| export\nclass A:\n    def f(self,a,b,c,d,e,*,f,g,h,i): pass'), None, 'A.f has 9 parameters'),
     (anatomy, md('Hello'), 0, 'first cell'),
     (anatomy, py('#| default_exp good\nimport os'), 0, 'first cell'),
     (anatomy, md('# Title only'), 1, 'promise of one line'),
@@ -309,6 +436,15 @@ def test_a_fault_is_reported(tmp_path, check, cells, where, said):
     else: good[where] = cells[0]
     faults = check(notebook(tmp_path, good))
     assert len([o for o in faults if said in o]) >= 1, faults
+
+
+@pytest.mark.parametrize('check,source', [(packed, 'a,b = b,a'), (packed, 'x[i],x[j] = x[j],x[i]'), (packed, 'a,b = 0,-1'),
+    (packed, 'a,b = o.x,[]'), (packed, 'a,b = f(1)'), (packed, 'for a,b in zip(x,y): pass'), (packed, 'if x: return_ = 1'),
+    (tricks, 'vars(x)'), (seams, 'from merginguriel import __version__'), (seams, 'self._x = o._y'), (seams, 'from torch import _C'),
+    (calls, 'print(1,2,3,4,5,6,7)'), (calls, 'f(1,2,3,4,5,6,a=7)'), (functions, '#| export\ndef _f(a,b,c,d,e,f,g,h,i): pass'),
+    (functions, '#| export\ndef f(a,b,c,d,e,f,g,h,*args,**kw): pass'), (functions, 'def f(a,b,c,d,e,f,g,h,i): pass'),
+    (functions, '#| export\ndef f(a,b,c,d,e,f,g,h,o:TrainOptions): pass')])
+def test_what_is_no_fault(tmp_path, check, source): assert check(notebook(tmp_path, [py(source)])) == []
 
 
 @pytest.mark.parametrize('cells,said', [([], '0 cells are tagged'), ([PARAMETERS, PARAMETERS], '2 cells are tagged'),

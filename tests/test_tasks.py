@@ -12,6 +12,7 @@ from merginguriel.data import label_names
 from merginguriel.evaluate import accuracy_of, predict
 from merginguriel.store import Store
 from merginguriel.tasks import *
+from merginguriel.text_sources import *
 from merginguriel.toy import toy_base
 
 
@@ -132,7 +133,7 @@ def test_labels_that_look_alike_make_no_classifier(tmp_path):
 
 def test_joint_classifiers_are_trained_and_another_seed_is_another_model(fitted, tmp_path):
     tasks = {'topic': fitted[0]['topic']}
-    a, b, c = (fit_tasks(tasks, tmp_path, 'toy', seed, head, epochs=1)['topic'] for seed, head in ((0, 'joint'), (1, 'joint'), (0, 'names')))
+    a, b, c = (fit_tasks(tasks, tmp_path, 'toy', seed, head=head, epochs=1)['topic'] for seed, head in ((0, 'joint'), (1, 'joint'), (0, 'names')))
     assert len({open_checkpoint(o).digest() for o in (a, b, c)}) == 3
     with pytest.raises(ValueError, match="head is 'names' or 'joint'"): fit_tasks(tasks, tmp_path, 'toy', head='name')
 

@@ -1,8 +1,11 @@
 """Every experiment notebook runs through plain papermill in the toy world: outside the checkout, in seconds, with rows in the
-store and an answer at its end. What papermill lets pass, a mistyped name or `no` for a locale, fails before any work."""
-import json, os, re, resource, subprocess, sys, time
+store and an answer at its end. What papermill lets pass, a mistyped name or `no` for a locale, fails before any work.
+
+Papermill and its kernel are processes of their own as ever, but forks of one that has loaded torch and the rest (`warm.py`):
+the command and its arguments are papermill's, and the kernel comes from a kernelspec. Once, both are new ones."""
+import json, os, re, subprocess, sys, time
 from pathlib import Path
-import pandas as pd, pytest
+import pandas as pd, pytest, warm
 from papermill import inspect_notebook
 from merginguriel.runner import last_text, template_parameters, templates
 from merginguriel.store import Store
@@ -15,21 +18,17 @@ def has(path, k): return k in template_parameters(path)
 def targeted(path): return ['-r', 'target', 'sq-AL'] if has(path, 'target') else []
 
 
-def papermill(path, folder, *args):
-    "Execute the template at `path` as the README does, in an empty folder with a cache of its own"
+def papermill(path, folder, *args, new=False):
+    "Execute the template at `path` as the README does, in an empty folder with a cache of its own; `new` starts everything anew"
     (folder/'out').mkdir(parents=True, exist_ok=True) # papermill makes no folder
-    env = dict(os.environ, MERGINGURIEL_CACHE=str(folder.parent/'cache'), HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1',
-        TOKENIZERS_PARALLELISM='false', PYTHONDONTWRITEBYTECODE='1')
+    env = dict(os.environ, MERGINGURIEL_CACHE=str(folder.parent/'cache'), PYTHONDONTWRITEBYTECODE='1', **warm.VARIABLES)
     env.pop('MPLBACKEND', None) # The kernel's own, which puts figures into the notebook
-    return subprocess.run([sys.executable, '-m', 'papermill', str(path), 'out/done.ipynb', '--no-progress-bar', *args], cwd=folder, env=env,
-        capture_output=True, text=True, timeout=300)
+    if not new: env['JUPYTER_PATH'] = warm.kernel(folder.parent/'jupyter')
+    command = [*([sys.executable] if new else warm.python()), '-m', 'papermill', str(path), 'out/done.ipynb', '--no-progress-bar']
+    return subprocess.run([*command, *args], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 def files(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
 def mine(): return files(ROOT/'nbs/experiments'), sorted(p.name for p in (ROOT/'nbs').iterdir()), sorted(p.name for p in ROOT.iterdir())
-
-def cpu():
-    u = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return u.ru_utime+u.ru_stime
 
 
 @pytest.fixture(scope='session')
@@ -38,9 +37,11 @@ def done(tmp_path_factory):
     ran = {}
     def run(path):
         if path not in ran:
-            folder,before,start,used = tmp_path_factory.mktemp(path.stem)/'work',mine(),time.time(),cpu()
+            warm.python()
+            folder = tmp_path_factory.mktemp(path.stem)/'work'
+            before, start, used = mine(), time.time(), warm.cpu_seconds()
             r = papermill(path, folder, '-p', 'world', 'toy', '-p', 'out', 'out', *targeted(path))
-            ran[path] = r, folder, time.time()-start, cpu()-used, before, mine()
+            ran[path] = r, folder, time.time()-start, warm.cpu_seconds()-used, before, mine()
         return ran[path]
     return run
 
@@ -112,7 +113,8 @@ def test_a_second_run_finds_what_the_first_left(done):
 def test_parameters_of_every_kind_arrive(tmp_path):
     texts = dict(target='vi-VN', sources='de-DE, en-US', methods='ties(density=.5)', seeds='0,1', weighting='uniform', options='epochs=1', head='best',
         store='scores.sqlite', out='out', world='toy')
-    r = papermill(templates()['exctar'], tmp_path/'work', '-p', 'k', '2', *(o for k, v in texts.items() for o in ('-r', k, v)))
+    given = [o for k, v in texts.items() for o in ('-r', k, v)]
+    r = papermill(templates()['exctar'], tmp_path/'work', '-p', 'k', '2', *given, new=True)
     assert r.returncode == 0, r.stderr[-3000:]
     rows = Store(tmp_path/'work/scores.sqlite', readonly=True).scores(metric='accuracy')
     assert set(rows.name) == {'own', 'uniform', 'ties(density=0.5)', 'source:de-DE', 'source:en-US'} and set(rows.seed) == {0, 1}

@@ -2,16 +2,21 @@
 import json,os,shutil,signal,subprocess,sys,time
 from dataclasses import asdict,fields
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel,Dataset,Features,Value
 import merginguriel.train as T
+from merginguriel.adapt import adapted
 from merginguriel.base_model import *
 from merginguriel.checkpoint import *
 from merginguriel.core import *
 from merginguriel.data import *
 from merginguriel.evaluate import *
+from merginguriel.experiment import Experiment
 from merginguriel.toy import *
+from merginguriel.classifier import *
+from merginguriel.options import *
 from merginguriel.train import *
 
 words,head = 'roberta.embeddings.word_embeddings.weight','classifier.out_proj.weight'
@@ -299,7 +304,7 @@ def test_a_base_with_another_tokenizer_or_configuration_is_another(base, tmp_pat
 
 def test_the_record(base, train, dev, short):
     r = training_record(short)
-    assert {'key','base','data','n','dev','labels','seed','dtype','options','best_epoch','history','seconds','device','versions'}==set(r)
+    assert {'key','base','data','n','dev','labels','seed','dtype','options','best_epoch','history','seconds','ids','device','versions'}==set(r)
     assert (r['n'],r['labels'],r['seed'],r['dtype'])==(96,toy_labels,0,'fp32')
     assert r['options']==asdict(train_options(base, epochs=2)) and \
         set(r['options'])=={f.name for f in fields(TrainOptions)}
@@ -363,7 +368,6 @@ def test_options_of_another_type(refused, name, value): refused(TypeError, f'{na
 def test_bad_options(refused, base, tmp_path):
     refused(TypeError, "no option 'learning_rate'; it takes anchor", learning_rate=1e-3)
     refused(ValueError, "dtype is 'fp32' or 'bf16'; got 'fp16'", dtype='fp16')
-    refused(ValueError, "bf16 is for CUDA; on a CPU use dtype='fp32'", dtype='bf16', device='cpu')
     odd = with_config(base, tmp_path/'odd', finetune=dict(epochs=2, optimizer='sgd'))
     refused(IncompatibleError, "recommends the unknown option 'optimizer'; remove it", base=odd)
 
@@ -425,3 +429,140 @@ def test_a_loss_that_is_not_a_number_stops_the_run(base, train, tmp_path):
     with pytest.raises(ValueError, match='the loss is nan; lower the learning rate'):
         finetune(base, train, tmp_path/'out', lr=1e38, epochs=2)
     assert not (tmp_path/'out').exists()
+
+# bfloat16
+
+def without_bf16(monkeypatch): monkeypatch.setattr(T, 'has_bf16', lambda device: False)
+def with_bf16(monkeypatch): monkeypatch.setattr(T, 'has_bf16', lambda device: True)
+
+@pytest.fixture
+def fast(base, tmp_path):
+    "A base that recommends bfloat16"
+    own = load_json(base/'config.json')['finetune']
+    return with_config(base, tmp_path/'fast', finetune=own|dict(dtype='bf16'))
+
+def test_a_cpu_without_bf16_says_so(base, train, tmp_path, monkeypatch):
+    without_bf16(monkeypatch)
+    with pytest.raises(ValueError, match='emulated: this cpu has no avx512_bf16 and no AMX; use dtype='):
+        finetune(base, train, tmp_path/'out', dtype='bf16', device='cpu', epochs=1)
+    assert not (tmp_path/'out').exists()
+
+def test_without_a_recommendation_nothing_changes(base, train, tmp_path, monkeypatch):
+    "The key is that of the versions before, which knew no default"
+    with_bf16(monkeypatch)
+    r = training_record(finetune(base, train, tmp_path/'out', epochs=1))
+    assert r['dtype']=='fp32'
+    assert r['key']==config_hash({k:r[k] for k in 'base data n dev labels seed dtype options'.split()})
+
+def test_the_recommended_type_is_taken_where_the_machine_has_it(fast, train, tmp_path, monkeypatch):
+    with_bf16(monkeypatch)
+    here = finetune(fast, train, tmp_path/'here', epochs=1)
+    assert training_record(here)['dtype']=='bf16'
+    without_bf16(monkeypatch)
+    assert training_record(finetune(fast, train, tmp_path/'there', epochs=1))['dtype']=='fp32'
+    assert finetune(fast, train, here, epochs=1)==here # Found where bfloat16 is not
+    with pytest.raises(FileExistsError, match='another fine-tuning run'): finetune(fast, train, here, epochs=1, dtype='fp32')
+
+def test_what_a_machine_without_bf16_finished_is_found_on_one_with_it(fast, train, tmp_path, monkeypatch):
+    without_bf16(monkeypatch)
+    out = finetune(fast, train, tmp_path/'out', epochs=1)
+    with_bf16(monkeypatch)
+    assert finetune(fast, train, out, epochs=1)==out and training_record(out)['dtype']=='fp32'
+    with pytest.raises(FileExistsError, match='another fine-tuning run'): finetune(fast, train, out, epochs=1, dtype='bf16')
+
+def stopped(monkeypatch, *args, **kw):
+    "A run that is interrupted in its second epoch"
+    def stop(*a): raise KeyboardInterrupt
+    epoch,n = T._epoch,iter([1])
+    with monkeypatch.context() as m:
+        m.setattr(T, '_epoch', lambda *a: epoch(*a) if next(n,None) else stop())
+        with pytest.raises(KeyboardInterrupt): finetune(*args, **kw)
+
+@pytest.mark.parametrize('began', ['bf16','fp32'])
+def test_a_run_goes_on_in_the_type_in_which_it_began(fast, train, tmp_path, monkeypatch, began):
+    out = tmp_path/'out'
+    (with_bf16 if began=='bf16' else without_bf16)(monkeypatch)
+    stopped(monkeypatch, fast, train, out, epochs=2)
+    (without_bf16 if began=='bf16' else with_bf16)(monkeypatch)
+    if began=='bf16':
+        with pytest.raises(ValueError, match='was begun in bf16, which this cpu lacks'): finetune(fast, train, out, epochs=2)
+        with_bf16(monkeypatch)
+    ran,epoch = [],T._epoch
+    monkeypatch.setattr(T, '_epoch', lambda *a: ran.append(1) or epoch(*a))
+    assert training_record(finetune(fast, train, out, epochs=2))['dtype']==began and len(ran)==1
+
+def test_a_base_with_an_unknown_type_is_refused(base, train, tmp_path):
+    odd = with_config(base, tmp_path/'odd', finetune=dict(dtype='int8'))
+    with pytest.raises(IncompatibleError, match="recommends dtype 'int8'"): finetune(odd, train, tmp_path/'out')
+
+@pytest.mark.skipif(not T.has_bf16('cpu'), reason='this CPU has no bfloat16')
+def test_bf16_learns_as_well_and_its_weights_are_float32(base, train, dev, tmp_path):
+    out = finetune(base, train, tmp_path/'out', dev=dev, dtype='bf16', device='cpu')
+    r,c = training_record(out),open_checkpoint(out)
+    assert r['history'][r['best_epoch']-1]['dev_accuracy']>=.85
+    assert {c.dtype(k) for k in c}=={torch.float32}
+    full,half = (predict(out, dev, device='cpu', dtype=o) for o in ('fp32','bf16'))
+    assert not np.array_equal(full.logits, half.logits) and (full.correct==half.correct).mean()>.95
+
+# frozen word vectors
+
+def test_frozen_words_are_neither_written_nor_copied(base, train, dev, tmp_path, monkeypatch):
+    out = tmp_path/'out'
+    stopped(monkeypatch, base, train, out, dev=dev, epochs=3, embedding_lr=0.)
+    s = torch.load(states(out)[0], weights_only=True)
+    assert words not in s['model'] and words not in s['best'] and head in s['model'] and head in s['best']
+    assert s['model'][head].data_ptr()==s['best'][head].data_ptr() # One copy in the file while the last epoch is the best
+    moments = [o for p in s['opt']['state'].values() for o in p.values() if o.dim()]
+    sizes = {k:v.numel() for k,v in s['model'].items()}
+    assert sum(o.numel() for o in moments)==2*sum(sizes.values())
+    whole = finetune(base, train, tmp_path/'whole', dev=dev, epochs=3, embedding_lr=0.)
+    assert weights(finetune(base, train, out, dev=dev, epochs=3, embedding_lr=0.))==weights(whole)
+    start = open_checkpoint(add_head(base, toy_labels, seed=0))
+    assert torch.equal(open_checkpoint(out).read(words), start.read(words))
+
+def test_a_state_that_lacks_a_weight_is_an_error(base, train, dev, interrupted):
+    out,state = interrupted
+    s = torch.load(state, weights_only=True)
+    del s['model'][head]
+    torch.save(s, state)
+    with pytest.raises(CheckpointError, match='lacks .*remove it'): finetune(base, train, out, dev=dev, epochs=3)
+
+def test_the_ids_that_went_in_are_kept(base, tmp_path):
+    part = load_intents('toy','en-US','train',part='A')
+    r = training_record(finetune(base, part, tmp_path/'out', epochs=1))
+    assert [int(o) for o in r['ids'].split()]==sorted(part['id'][:])
+    assert training_record(finetune(base, part.remove_columns('id'), tmp_path/'none', epochs=1))['ids'] is None
+
+# experiments on halves
+
+def toy_experiment(**kw): return Experiment('sq-AL', dataset='toy', base='toy', k=2, **kw)
+ada = ({'method':'adamerging','text':'train','steps':2},)
+
+def test_an_id_from_before_halves_holds():
+    "The fields of an experiment that uses none of what came later are hashed as ever"
+    e = toy_experiment()
+    c = {k:v for k,v in asdict(e).items() if k not in ('halves','compatibility','shuffled')}
+    assert e.config()==c|dict(contract=dict(mode='ExcTar', touched=['none'], stamp='zero-shot'))
+    assert e.id==config_hash(e.config()) and toy_experiment(halves=True).id!=e.id
+
+def test_parallel_text_is_stamped_and_halves_are_not():
+    assert toy_experiment(methods=ada).contract()['stamp']=='parallel'
+    assert toy_experiment(methods=ada, halves=True).contract()['stamp']=='unsupervised'
+    assert toy_experiment(methods=({'method':'adamerging','text':'dev'},)).contract()['stamp']=='unsupervised'
+
+@pytest.mark.parametrize('halves,shared', [(True,0),(False,96)])
+def test_adaptation_says_how_much_of_its_text_the_sources_know(tmp_path, halves, shared):
+    e = toy_experiment(methods=ada, halves=halves, options=dict(epochs=1))
+    models = {o:e.train(o, tmp_path) for o in ('en-US','de-DE')}
+    out = e.merge_one(ada[0], models, pd.Series({'en-US':.5,'de-DE':.5}), tmp_path)
+    record = adapted(out)[0]
+    assert record['shared_ids']==shared and record['texts']==len(e.dataset_of('sq-AL','train','B'))
+    assert {len(training_record(o)['ids'].split()) for o in models.values()}=={len(e.dataset_of('en-US','train'))}
+
+def test_a_model_in_the_shared_folder_is_used_only_when_it_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setenv('MERGINGURIEL_MODELS', str(tmp_path/'shared'))
+    (tmp_path/'shared/en-US-1').mkdir(parents=True)
+    assert model_place('en-US-1', tmp_path)==tmp_path/'models/en-US-1'
+    (tmp_path/'shared/en-US-1/training_record.json').write_text('{}')
+    assert model_place('en-US-1', tmp_path)==tmp_path/'shared/en-US-1'
+    assert model_place('en-US-1', tmp_path, tmp_path/'mine')==tmp_path/'mine/en-US-1'
