@@ -18,7 +18,7 @@ for the choosers of `merginguriel.choose`. `decompose` says which of selecting, 
 earned the points of a merge, and what an ensemble or labels would have earned. `record_nxn` fills the N×N
 matrix of single models, and `standing`, `affinity` and `rank_agreement` say who teaches whom in it."""
 
-# %% ../nbs/5_runs/30_across.ipynb #70e0e9da
+# %% ../nbs/5_runs/30_across.ipynb #bc80c251
 from pathlib import Path
 import numpy as np
 import pandas as pd

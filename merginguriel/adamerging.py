@@ -16,7 +16,7 @@ like any other choice of weights, by `merge`. Low entropy means confident, not c
 therefore also asks that the predictions spread over the classes. A search that cannot learn is an error
 here, since coefficients that never moved look like coefficients that were right from the start."""
 
-# %% ../nbs/2_merging/60_adamerging.ipynb #33a87726
+# %% ../nbs/2_merging/60_adamerging.ipynb #53e66986
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass,fields,replace

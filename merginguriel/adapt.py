@@ -14,7 +14,7 @@ coefficients, merges everything with them and keeps the course of the search bes
 reads that course back. Labels are dropped before anything else happens, so a data set without labels will
 do."""
 
-# %% ../nbs/4_models/60_adapt.ipynb #eff17fc2
+# %% ../nbs/4_models/60_adapt.ipynb #cada5327
 import inspect,json
 from dataclasses import fields
 from pathlib import Path

@@ -68,7 +68,8 @@ def lora_scale(
 _harmless = set('''r lora_alpha use_rslora rank_pattern alpha_pattern fan_in_fan_out bias lora_bias
     target_modules modules_to_save peft_type task_type base_model_name_or_path auto_mapping inference_mode
     lora_dropout init_lora_weights layers_to_transform layers_pattern exclude_modules revision peft_version
-    loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config qalora_group_size'''.split())
+    loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config
+    qalora_group_size'''.split())
 _plain_starts = (None,True,False,'gaussian','eva','orthogonal') # init_lora_weights that leave the base alone
 
 # %% ../nbs/1_tensors/50_adapter.ipynb #f1a5c3b8

@@ -16,7 +16,7 @@ al.](https://arxiv.org/abs/2502.01015). Scales are chosen on dev data, and test 
 that was chosen. Each score goes into the store when it is there, so that an interrupted study goes on where
 it stopped. `normalised` is an accuracy divided by that of the task's own fine-tuned model."""
 
-# %% ../nbs/6_studies/45_arithmetic.ipynb #65ac3c46
+# %% ../nbs/6_studies/45_arithmetic.ipynb #2f8ea39a
 from functools import cache
 from pathlib import Path
 import numpy as np
@@ -196,11 +196,12 @@ def add(self:Arithmetic,
     scale,_ = choose_scale(lambda s: self._at(what, end, s, 'dev', tasks=tasks), own, scales)
     return self._rows(what, self._at(what, end, scale, 'test', tasks=tasks), scale=scale)
 
-# %% ../nbs/6_studies/45_arithmetic.ipynb #06d56c47
+# %% ../nbs/6_studies/45_arithmetic.ipynb #a5a4ceb6
 addition_kinds = { # Kind -> sums that are tried, of tasks got back or of bases
     'ae':('tasks','bases'), 'linear_ae':('tasks',), 'svd':('tasks',), 'pca':(),
     'cluster':('bases',), 'random_cluster':('bases',), 'subset':('tasks','bases'), 'random':('tasks',)}
 
+# %% ../nbs/6_studies/45_arithmetic.ipynb #06d56c47
 @patch
 def _sums(self:Arithmetic, kind, n_bases, ways, seed, draws):
     "Pairs (what, function that makes it) of the sums of one kind and size"

@@ -21,8 +21,6 @@ import numpy as np
 import pandas as pd
 import torch
 from .core import *
-from .checkpoint import *
-from .base_model import *
 from .task_vector import *
 from .recovery import *
 from .faults import *

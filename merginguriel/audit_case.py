@@ -22,8 +22,6 @@ import torch
 from fastcore.basics import patch
 from .core import *
 from .checkpoint import *
-from .base_model import *
-from .task_vector import *
 from .recovery import *
 from .faults import *
 

@@ -22,7 +22,7 @@ import yaml
 from .core import *
 from .outputs import *
 
-# %% ../nbs/0_ground/40_card.ipynb #c351b074
+# %% ../nbs/0_ground/40_card.ipynb #b00cd6cf
 seen_fields = ['locales','parallel','languages','corpora'] # What seen.json has
 
 def base_seen(
@@ -36,6 +36,7 @@ def base_seen(
         raise IncompatibleError(f"{path} has {sorted(said)}; it has {seen_fields}, and nothing else")
     return said
 
+# %% ../nbs/0_ground/40_card.ipynb #c351b074
 def write_seen(
     folder, # Model folder of a base
     locales=(), # Locales whose utterances of an intent data set it has read
@@ -46,7 +47,8 @@ def write_seen(
     "Write what a base has seen into its seen.json"
     path = Path(folder)/'seen.json'
     values = [list(locales), bool(parallel), list(languages), list(corpora)]
-    with amend(folder, path.name) as f: json.dump(dict(zip(seen_fields, values)), f, ensure_ascii=False, indent=1)
+    with amend(folder, path.name) as f:
+        json.dump(dict(zip(seen_fields, values)), f, ensure_ascii=False, indent=1)
     return path
 
 # %% ../nbs/0_ground/40_card.ipynb #7586627d

@@ -430,7 +430,7 @@ _tokenizer_files = ['tokenizer.json','tokenizer_config.json','special_tokens_map
 def copy_model_files(
     src, # Model folder, or a file in it
     dst, # Folder to copy to, created when missing
-    config:bool=True, # Copy `config.json`, `generation_config.json`, and `seen.json`, which says what a base was trained on
+    config:bool=True, # Copy `config.json`, `generation_config.json` and `seen.json` (what a base has read)
     tokenizer:bool=True, # Copy the files of the tokenizer, or of the image processor
 )->list[str]: # Names of the files copied
     "Copy configuration and tokenizer from `src` to `dst`, not the weights"

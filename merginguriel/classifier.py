@@ -28,10 +28,11 @@ def quiet_transformers()->None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-# %% ../nbs/4_models/22_classifier.ipynb #2485fe9f
+# %% ../nbs/4_models/22_classifier.ipynb #5af34bbf
 _dropouts = ('hidden_dropout_prob', 'attention_probs_dropout_prob', 'classifier_dropout', 'dropout',
     'attention_dropout', 'seq_classif_dropout') # As the architectures call it
 
+# %% ../nbs/4_models/22_classifier.ipynb #2485fe9f
 def load_classifier(
     path:str|Path, # Model folder with every tensor of the classifier
     dropout:float|None=None, # Dropout everywhere, in [0, 1); None: as configured

@@ -72,7 +72,8 @@ def _given(options): return {k:v for k,v in options.items() if v is not None}
 # %% ../nbs/7_command/30_cli.ipynb #8174dd39
 @command('finetune', lambda argv: declared('data.load_intents', 'locale') + declared('experiment.Experiment',
     'base dataset')
-    + declared('train.finetune', 'seed device dtype replace') + declared('train.TrainOptions', optional=True))
+    + declared('train.finetune', 'seed device dtype replace')
+    + declared('options.TrainOptions', optional=True))
 def finetune_command(
     out:required, # Folder to write; a finished run with the same configuration is found again
     **options, # `locale`, `base`, `dataset`, and those of `finetune`
@@ -148,7 +149,7 @@ def nxn_command(
 
 # %% ../nbs/7_command/30_cli.ipynb #b112e053
 @command('finetune-all', lambda argv: declared('experiment.Experiment', 'base dataset halves n_train')
-    + declared('train.finetune', 'device dtype') + declared('train.TrainOptions', optional=True))
+    + declared('train.finetune', 'device dtype') + declared('options.TrainOptions', optional=True))
 def finetune_all_command(
     models:str=None, # Folder of the models; without it, the one that the variable MERGINGURIEL_MODELS names
     locales:str='all', # Locales, comma separated, in this order; all: those of the data set
@@ -225,7 +226,7 @@ def _value(text):
 def merge_command(
     out:str, # Folder to write
     sources:str=None, # Models or adapters as en-US=path,de-DE=path, or a folder with one model folder each
-    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; left out where the method needs none
+    base:str=None, # Pretrained base: 'mini', 'e5', a folder or a hub name; some methods need none
     weights:str=None, # One weight per source, as .5,.5 or en-US=.5,de-DE=.5; without it, the method's own
     hp:str='', # Hyperparameters of the method, as density=.1,scale=1
     config:str=None, # A mergekit recipe (YAML) in place of sources, base, weights, method and hp

@@ -16,7 +16,7 @@ model that was asked for and is not there is a row of NaN and a line in the log.
 texts, the same ids of one locale or of several. `measure_compatibility` gives any of the measures by name,
 for an experiment."""
 
-# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #0bd65c0a
+# %% ../nbs/5_runs/15_compute_compatibility_matrix.ipynb #01f404e6
 import argparse,inspect,json,os,platform,re,sys,time
 from pathlib import Path
 import numpy as np
@@ -216,7 +216,8 @@ def compute_compatibility_matrix(
     options = {k:v for k,v in locals().items()
         if k not in ('models_dir','pretrained','output_dir','cache','progress')}
     metrics = _check(options)
-    for o in [*(matrix_files[m] for m in metrics), 'computation_log.json']: check_file(Path(output_dir)/o)
+    output_dir = output_path(output_dir)
+    for o in [*(matrix_files[m] for m in metrics), 'computation_log.json']: check_file(output_dir/o)
     models,other = find_models(models_dir, [o.strip() for o in locales.split(',') if o.strip()], seed)
     texts,ids = shared_texts(dataset, text_locale, split, n) if 'cka' in metrics else ([],[])
     base = base_folder(pretrained)

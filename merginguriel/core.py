@@ -53,7 +53,7 @@ def drop(
     if not path.name.startswith('.'): raise ValueError(f"only temporary folders are removed here; got {path}")
     shutil.rmtree(path)
 
-# %% ../nbs/0_ground/10_core.ipynb #483e5b1d
+# %% ../nbs/0_ground/10_core.ipynb #438e377e
 def _hold(fd):
     "Whether this process holds the lock of an open file or folder from now on"
     import fcntl
@@ -61,6 +61,7 @@ def _hold(fd):
     except OSError: return False # Another has it, or the file system has no locks
     return True
 
+# %% ../nbs/0_ground/10_core.ipynb #483e5b1d
 def temporary(
     path:str|Path, # What the temporary file or folder is going to be
     folder:bool=False, # Make a folder (True) or a file (False)
@@ -78,7 +79,7 @@ def temporary(
         if os.path.exists(tmp): return Path(tmp),fd
         os.close(fd) # It was taken for abandoned before it was locked
 
-# %% ../nbs/0_ground/10_core.ipynb #f2934452
+# %% ../nbs/0_ground/10_core.ipynb #f34c8605
 def bytes_of(
     path:str|Path, # A file or folder
 )->int:
@@ -87,11 +88,13 @@ def bytes_of(
     files = [path] if path.is_symlink() or not path.is_dir() else path.rglob('*')
     return sum(o.lstat().st_size for o in files)
 
+# %% ../nbs/0_ground/10_core.ipynb #f2934452
 def clear_left(
     path:str|Path, # A result that is about to be written
 )->list: # Names of what was removed
     "Remove what killed processes left of earlier tries to write `path`, and say so on standard error"
-    path,gone = Path(path),[]
+    path = Path(path)
+    gone = []
     mine = re.compile(re.escape(f'.{path.name}.')+r'[a-z0-9_]{8}\.tmp')
     for p in sorted(path.parent.iterdir()) if path.parent.is_dir() else []:
         if not mine.fullmatch(p.name) or p.is_symlink(): continue

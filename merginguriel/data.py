@@ -391,7 +391,7 @@ def half_of(
     "The half of the training texts that `id` belongs to, in every locale"
     return 'AB'[derive_seed(0, 'half', origin_of(id, dataset))%2]
 
-# %% ../nbs/4_models/15_data.ipynb #feebc1d6
+# %% ../nbs/4_models/15_data.ipynb #97493e71
 def _check_part(split, part):
     "An error for a split, or for a half of it, that does not exist"
     if split not in ('train','dev','test'):
@@ -400,6 +400,7 @@ def _check_part(split, part):
     if part and split!='train':
         raise ValueError(f"only 'train' has parts, and {split!r} is whole; leave out part={part!r}")
 
+# %% ../nbs/4_models/15_data.ipynb #feebc1d6
 def _chosen_labels(labels, df, where):
     "`labels` sorted, when the rows `df` have no other"
     names = sorted({str(o) for o in labels})

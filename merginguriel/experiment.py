@@ -14,7 +14,7 @@ records every score in the store under the hash of that configuration; a second 
 predictions and rows of the first and is done in seconds. What the result means, `merginguriel.gains` says.
 Accuracies are in [0, 1]."""
 
-# %% ../nbs/5_runs/20_experiment.ipynb #95864b65
+# %% ../nbs/5_runs/20_experiment.ipynb #f0c1702b
 import ast,time
 from dataclasses import asdict,dataclass,field,fields,replace
 from pathlib import Path
@@ -68,7 +68,7 @@ class Experiment:
     legacy:tuple=() # Published quirks to compare with: those of `select_sources`, and 'drop_heaviest'
     oracle:bool=False # Let ExcTar see what it may not, and stamp the result 'oracle'
 
-# %% ../nbs/5_runs/20_experiment.ipynb #e3f445e7
+# %% ../nbs/5_runs/20_experiment.ipynb #c4d5261c
 def text_of(
     method:str|dict, # As in `Experiment.methods`
 )->str|None: # 'dev' or 'test'; None: the method looks at no text of the target
@@ -83,6 +83,7 @@ def source_coefficients(
     "The shares of a selection as the weights of a method"
     return w*len(w) if methods.traits(name).default=='ones' else w
 
+# %% ../nbs/5_runs/20_experiment.ipynb #e3f445e7
 def named_method(
     m:str|dict, # A name, or {'method': name, **hyperparameters}
 )->tuple: # (name, hyperparameters)
@@ -92,8 +93,10 @@ def named_method(
 
 # %% ../nbs/5_runs/20_experiment.ipynb #f360be2e
 @patch
-def contract(self:Experiment, sources=(),
-        _base=True)->dict: # The record of `check_contract`: mode, touched, stamp
+def contract(self:Experiment,
+    sources=(), # Locales that are merged; (): those of the experiment, or of its pool
+    _base=True, # Also say what the base has read
+)->dict: # The record of `check_contract`: mode, touched, stamp
     "What this run touches of the target, checked against what its mode allows"
     touched = set([] if self.sources else touched_by(self.similarity)) - {'none'}
     touched |= {f"unlabelled_{text_of(m)}" for m in self.methods if text_of(m)}
@@ -145,7 +148,9 @@ def experiments(
 )->list: # One `Experiment` per seed
     "Experiments from the parameters of a notebook"
     if world not in ('','toy'): raise ValueError(f"world is 'toy' or empty; got {world!r}")
-    if world: fields_,candidates = fields_|dict(dataset='toy', base='toy', n_train=0, n_dev=0, n_test=0), ''
+    if world:
+        fields_ = fields_|dict(dataset='toy', base='toy', n_train=0, n_dev=0, n_test=0)
+        candidates = ''
     opts = _calls(f'f({options})', 'options')[0]
     e = Experiment(methods=_calls(methods, 'methods'), sources=_names(sources), candidates=_names(candidates),
         legacy=_names(legacy), options={k:v for k,v in opts.items() if k!='method'}, **fields_)
@@ -257,7 +262,8 @@ def select(self:Experiment,
 )->pd.Series: # Name -> weight, sums to 1
     "The sources and their weights"
     names = list(self.sources or self.pool())
-    return select_sources(self.target, similarity, len(self.sources) or self.k, include_target=self.include_target,
+    return select_sources(self.target, similarity, len(self.sources) or self.k,
+        include_target=self.include_target,
         target_weight=self.target_weight, weighting=self.weighting, candidates=names,
         legacy=[o for o in self.legacy if o!='drop_heaviest'])
 
@@ -391,7 +397,9 @@ def run(
     contract = e.contract(list(chosen.index))
     trained = list(dict.fromkeys([*chosen.index, *e.candidates, e.target]))
     with tqdm(total=len(trained)+len(e.methods)+2, disable=not progress) as bar:
-        def step(text): bar.set_description(text); bar.update()
+        def step(text):
+            bar.set_description(text)
+            bar.update()
         models = {}
         for o in trained:
             models[o] = e.train(o, out, progress, device)
@@ -404,11 +412,13 @@ def run(
         for m in e.methods:
             merged[method_label(m)] = e.merge_one(m, sources, used, out, device)
             step(f'merged by {method_label(m)}')
-        uniform = e.merge_one('linear', sources, used*0+1/len(used), out); step('merged uniformly')
+        uniform = e.merge_one('linear', sources, used*0+1/len(used), out)
+        step('merged uniformly')
         clock.append(time.time())
         others = {f'source:{o}':p for o,p in models.items() if o!=e.target}
         acc = e.test_models({'own':models[e.target], 'uniform':uniform, **merged, **others}, out,
-            device); step('evaluated')
+            device)
+        step('evaluated')
         clock.append(time.time())
     result = Result(e, contract, sim[e.target].drop(e.target, errors='ignore'), weights, models, merged,
         uniform, acc,

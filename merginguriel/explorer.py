@@ -9,13 +9,14 @@ __all__ = ['on_simplex', 'simplex_grid', 'move', 'Point', 'Surface', 'surface', 
            'Explorer', 'static_explorer']
 
 # %% ../nbs/6_studies/55_explorer.ipynb #086d5d2b
-"""With two to five sources every choice of weights is a point of a small simplex, and a mini model is merged and asked in a
-fraction of a second. `surface` tries a grid of such points and keeps the predictions in the bank of its `Trials`; `Surface.at`
-tries any other point now. `Explorer` is the live view with sliders, `static_explorer` the same for a page that has no kernel.
-Both show accuracy with its interval, entropy, the classes that gained and lost, and the way that AdaMerging took. Accuracy is
-read from labels of the target: weights chosen by looking at it are an oracle, those of least entropy are not."""
+"""With two to five sources every choice of weights is a point of a small simplex, and a mini model is merged
+and asked in a fraction of a second. `surface` tries a grid of such points and keeps the predictions in the
+bank of its `Trials`; `Surface.at` tries any other point now. `Explorer` is the live view with sliders,
+`static_explorer` the same for a page that has no kernel. Both show accuracy with its interval, entropy, the
+classes that gained and lost, and the way that AdaMerging took. Accuracy is read from labels of the target:
+weights chosen by looking at it are an oracle, those of least entropy are not."""
 
-# %% ../nbs/6_studies/55_explorer.ipynb #650aa016
+# %% ../nbs/6_studies/55_explorer.ipynb #ec584f9e
 import itertools,json
 from dataclasses import dataclass,field
 from io import BytesIO
@@ -33,23 +34,26 @@ from .significance import *
 from .trials import *
 from .experiment import *
 
-# %% ../nbs/6_studies/55_explorer.ipynb #439b02a0
+# %% ../nbs/6_studies/55_explorer.ipynb #5d37af10
 def on_simplex(
     names, # Names of the sources
     weights, # Name -> weight, or a list in the order of `names`
 )->pd.Series: # Name -> weight, 0 or more, sums to 1
     "Check that `weights` are shares of the sources"
     w = check_weights(names, weights)
-    if abs(w.sum()-1)>1e-6: raise ValueError(f"the weights sum to {w.sum():.6g}; shares sum to 1, so divide each by the sum")
+    if abs(w.sum()-1)>1e-6:
+        raise ValueError(f"the weights sum to {w.sum():.6g}; shares sum to 1, so divide each by the sum")
     return w
 
+# %% ../nbs/6_studies/55_explorer.ipynb #439b02a0
 def simplex_grid(
     names, # Names of two to five sources
     steps:int, # Steps from a share of 0 to a share of 1, at least 1
 )->pd.DataFrame: # Shares, (points × sources)
     "All shares of the sources that are multiples of 1/`steps`"
     names = list(names)
-    if not 2<=len(names)<=5: raise ValueError(f"the explorer takes two to five sources; got {len(names)}: {', '.join(names)}")
+    if not 2<=len(names)<=5:
+        raise ValueError(f"the explorer takes two to five sources; got {len(names)}: {', '.join(names)}")
     if steps<1: raise ValueError(f"steps is a number of steps, at least 1; got {steps}")
     bars = itertools.combinations(range(steps+len(names)-1), len(names)-1) # Stars and bars
     cuts = np.array([(-1,*b,steps+len(names)-1) for b in bars])
@@ -67,7 +71,7 @@ def move(
     w[name] = share
     return w
 
-# %% ../nbs/6_studies/55_explorer.ipynb #2fe678b3
+# %% ../nbs/6_studies/55_explorer.ipynb #2ab43a98
 @dataclass
 class Point:
     "One merge, tried on the texts"
@@ -75,6 +79,7 @@ class Point:
     accuracy:Accuracy # On the texts, with its interval; looks at labels
     entropy:float # Mean entropy of a prediction, in nats; looks at none
 
+# %% ../nbs/6_studies/55_explorer.ipynb #2fe678b3
 @dataclass(repr=False)
 class Surface:
     "One method on a grid of weights"
@@ -94,23 +99,26 @@ class Surface:
         "The method as it is called in tables"
         return method_label({'method':self.method, **self.options})
     def __repr__(self):
-        return f"Surface({self.label}; {len(self.points)} merges of {', '.join(self.names)}; {len(self.trials.data)} texts)"
+        names = ', '.join(self.names)
+        return f"Surface({self.label}; {len(self.points)} merges of {names}; {len(self.trials.data)} texts)"
 
-# %% ../nbs/6_studies/55_explorer.ipynb #89a95120
+# %% ../nbs/6_studies/55_explorer.ipynb #a819e267
 @patch
 def at(self:Surface,
     weights, # Name -> share, or a list; they sum to 1
 )->Point: # From the bank if it was tried before
     "Merge with `weights` now, in memory, and ask the texts"
     w = on_simplex(self.names, weights)
-    return _point(w, self.trials.predictions(self.method, source_coefficients(self.method, w), **self.options))
+    return _point(w, self.trials.predictions(self.method, source_coefficients(self.method, w),
+        **self.options))
 
 def _point(w, p): return Point(w, accuracy(p), float(entropies(probabilities(p)).mean()))
 
 _steps = {2:20, 3:12, 4:6, 5:5} # Number of sources -> steps; 21, 91, 84 and 126 points
 
+# %% ../nbs/6_studies/55_explorer.ipynb #89a95120
 def surface(
-    trials:Trials, # Two to five sources, and texts with labels; give it a bank and an interrupted surface goes on
+    trials:Trials, # Two to five sources, and labelled texts; with a bank an interrupted surface goes on
     method:str='linear', # Name in `methods`
     steps:int|None=None, # Steps of the grid; None: 20, 12, 6 or 5 for two, three, four or five sources
     marks:dict|None=None, # Name -> shares of further points of interest; equal shares are always one
@@ -125,16 +133,18 @@ def surface(
     marks = {k:on_simplex(names, w) for k,w in {'uniform':[1/len(names)]*len(names), **(marks or {})}.items()}
     s = Surface(trials, method, options, steps)
     s.marks = {k:s.at(w) for k,w in marks.items()}
-    s.points = [s.at(w) for _,w in tqdm(grid.iterrows(), total=len(grid), disable=not progress, unit='merge', leave=False)]
+    s.points = [s.at(w) for _,w in tqdm(grid.iterrows(), total=len(grid), disable=not progress, unit='merge',
+        leave=False)]
     alone = [_point(w, trials.predictions('linear', w)) for _,w in simplex_grid(names, 1).iterrows()]
     s.references = {'uniform':s.marks['uniform'], 'best source':max(alone, key=lambda p: p.accuracy.value)}
     return s
 
 # %% ../nbs/6_studies/55_explorer.ipynb #ae3f49cc
 @patch
-def scores(self:Surface)->pd.DataFrame: # One row for each point of the grid: shares, accuracy, low, high, entropy
+def scores(self:Surface)->pd.DataFrame: # A row for each point: shares, accuracy, low, high, entropy
     "The grid as a table"
-    return pd.DataFrame([dict(p.weights, accuracy=p.accuracy.value, low=p.accuracy.low, high=p.accuracy.high, entropy=p.entropy)
+    return pd.DataFrame([dict(p.weights, accuracy=p.accuracy.value, low=p.accuracy.low, high=p.accuracy.high,
+        entropy=p.entropy)
         for p in self.points]).rename_axis('point')
 
 @patch
@@ -143,13 +153,15 @@ def agreement(self:Surface)->float: # In [-1, 1]; NaN where all points score the
     d = self.scores()
     return float(d.accuracy.corr(-d.entropy, 'spearman'))
 
-# %% ../nbs/6_studies/55_explorer.ipynb #a2c78093
+# %% ../nbs/6_studies/55_explorer.ipynb #e197043b
 @patch(as_prop=True)
 def labels(self:Surface)->pd.Series: # Label of each text, by item id
     "What is right"
-    d,names = self.trials.data,label_names(self.trials.data)
+    d = self.trials.data
+    names = label_names(self.trials.data)
     return pd.Series([names[i] for i in d['label']], index=pd.Index(d['id']))
 
+# %% ../nbs/6_studies/55_explorer.ipynb #a2c78093
 def class_changes(
     labels:pd.Series, # Label of each text, by item id
     before:pd.Series, # Whether one model is right, by item id
@@ -157,7 +169,8 @@ def class_changes(
 )->pd.DataFrame: # One row per label: texts, before, now, change; what gained most answers on top
     "Accuracy of two models within each class"
     d = pd.DataFrame(dict(label=labels, before=before, now=now))
-    if d.isna().any().any(): raise ValueError("labels and models are of different texts; take all three from one data set")
+    if d.isna().any().any():
+        raise ValueError("labels and models are of different texts; take all three from one data set")
     g = d.astype(dict(before=float, now=float)).groupby('label')
     out = pd.concat([g.size().rename('texts'), g[['before','now']].mean()], axis=1)
     out = out.assign(change=out.now-out.before)
@@ -175,7 +188,7 @@ def learned_path(
             "search with another constraint")
     return c.div(total, axis=0).assign(sum=total)
 
-# %% ../nbs/6_studies/55_explorer.ipynb #caef6ea4
+# %% ../nbs/6_studies/55_explorer.ipynb #0077ac97
 def _frame(points): return pd.DataFrame([p.weights for p in points])
 
 def _slice(surface, w, shown):
@@ -191,35 +204,44 @@ def _place(w, shown):
     t = x.sum(1, keepdims=True)
     return np.where(t>1e-9, x/np.where(t>1e-9, t, 1), 1/3)@np.array([[0,0],[1,0],[.5,3**.5/2]])
 
+# %% ../nbs/6_studies/55_explorer.ipynb #caef6ea4
 def _value(point, score): return point.entropy if score=='entropy' else point.accuracy.value
 def _shaped(marks): return zip(marks.items(), itertools.cycle('Ds^vo*'))
 
-# %% ../nbs/6_studies/55_explorer.ipynb #cd305f02
+# %% ../nbs/6_studies/55_explorer.ipynb #0d58dd2b
 def _draw_line(surface, score, path, here, ax):
-    name,d = surface.names[1],surface.scores().sort_values(surface.names[1])
+    name = surface.names[1]
+    d = surface.scores().sort_values(surface.names[1])
     ax.plot(d[name], d[score], '.-', color='#0072b2')
     if score=='accuracy': ax.fill_between(d[name], d.low, d.high, color='#0072b2', alpha=.2, lw=0)
-    if path is not None: ax.plot(path[name], [.02]*len(path), '.', color='#cc79a7', transform=ax.get_xaxis_transform())
-    for (k,p),m in _shaped(surface.marks): ax.plot(p.weights[name], _value(p, score), m, mfc='w', mec='k', label=k)
+    if path is not None:
+        ax.plot(path[name], [.02]*len(path), '.', color='#cc79a7', transform=ax.get_xaxis_transform())
+    for (k,p),m in _shaped(surface.marks):
+        ax.plot(p.weights[name], _value(p, score), m, mfc='w', mec='k', label=k)
     ax.plot(here.weights[name], _value(here, score), 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
     ax.set(xlabel=f'share of {name} (the rest is {surface.names[0]})', ylabel=score)
 
+# %% ../nbs/6_studies/55_explorer.ipynb #cd305f02
 def _draw_triangle(surface, score, path, here, shown, ax):
     from matplotlib.collections import PolyCollection
     rows = _slice(surface, here.weights, shown)
     d = surface.scores().loc[rows]
-    angles,r = np.deg2rad(np.arange(30, 390, 60)),3**-.5/max(round(surface.steps*d.loc[rows[0],shown].sum()), 1)
+    angles = np.deg2rad(np.arange(30, 390, 60))
+    r = 3**-.5/max(round(surface.steps*d.loc[rows[0],shown].sum()), 1)
     hexagon = r*np.stack([np.cos(angles),np.sin(angles)], 1)
-    cells = ax.add_collection(PolyCollection(_place(d, shown)[:,None]+hexagon, array=d[score], cmap='viridis', edgecolors='face'))
+    cells = ax.add_collection(PolyCollection(_place(d, shown)[:,None]+hexagon, array=d[score],
+        cmap='viridis', edgecolors='face'))
     ax.figure.colorbar(cells, ax=ax, label=score, shrink=.7)
     if path is not None:
         xy = _place(path, shown)
         ax.plot(*xy.T, 'k', lw=3.5)
         ax.plot(*xy.T, 'w' if len(surface.names)==3 else 'w--', lw=1.5)
     for (k,p),m in _shaped(surface.marks):
-        if set(_slice(surface, p.weights, shown))==set(rows): ax.plot(*_place(_frame([p]), shown).T, m, mfc='w', mec='k', label=k)
+        if set(_slice(surface, p.weights, shown))==set(rows):
+            ax.plot(*_place(_frame([p]), shown).T, m, mfc='w', mec='k', label=k)
     ax.plot(*_place(_frame([here]), shown).T, 'o', ms=11, mfc='none', mec='#d55e00', mew=2)
-    for k,x,y,v in zip(shown, [0,1,.5], [-r-.03,-r-.03,.75**.5+r+.02], ['top','top','bottom']): ax.text(x, y, k, ha='center', va=v)
+    for k,x,y,v in zip(shown, [0,1,.5], [-r-.03,-r-.03,.75**.5+r+.02], ['top','top','bottom']):
+        ax.text(x, y, k, ha='center', va=v)
     ax.set_aspect('equal')
     ax.axis('off')
 
@@ -234,7 +256,8 @@ def plot_surface(
 ): # The axes
     "The score of every merge, with the marks and the path of AdaMerging"
     from matplotlib import pyplot as plt
-    if score not in ('accuracy','entropy'): raise ValueError(f"score is 'accuracy' or 'entropy'; got {score!r}")
+    if score not in ('accuracy','entropy'):
+        raise ValueError(f"score is 'accuracy' or 'entropy'; got {score!r}")
     if ax is None: ax = plt.subplots(figsize=(5, 3.8))[1]
     here = here or surface.marks['uniform']
     if len(surface.names)==2: _draw_line(surface, score, path, here, ax)
@@ -243,30 +266,34 @@ def plot_surface(
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize='small', loc='upper left')
     return ax
 
-# %% ../nbs/6_studies/55_explorer.ipynb #bb43cb62
+# %% ../nbs/6_studies/55_explorer.ipynb #f9731ba2
 def _together(surfaces):
     "Label -> surface, of one grid and the same texts"
     surfaces = [surfaces] if isinstance(surfaces, Surface) else list(surfaces)
     if not surfaces: raise ValueError("there is nothing to explore; give at least one surface")
     what = lambda s: (s.names, s.steps, list(s.marks), s.trials.data._fingerprint)
     for s in surfaces:
-        if what(s)!=what(surfaces[0]): raise ValueError(f"{s.label} and {surfaces[0].label} differ in sources, steps, marks or "
-            "texts; one explorer shows surfaces that share them")
+        if what(s)!=what(surfaces[0]):
+            raise ValueError(f"{s.label} and {surfaces[0].label} differ in sources, steps, marks or "
+                "texts; one explorer shows surfaces that share them")
     named = {s.label:s for s in surfaces}
     if len(named)<len(surfaces): raise ValueError(f"each method once; got {[s.label for s in surfaces]}")
     return named
 
+# %% ../nbs/6_studies/55_explorer.ipynb #bb43cb62
 def _report(surface, now, against):
     "What is said of a point, as HTML"
-    ref,a = surface.references[against],now.accuracy
+    ref = surface.references[against]
+    a = now.accuracy
     b = paired_bootstrap(a.correct, ref.accuracy.correct)
     d = class_changes(surface.labels, ref.accuracy.correct, a.correct)
     d = pd.concat([d[d.change>0].head(3), d[d.change<0].tail(3)])
     shown = lambda x: f'{100*x:.1f}'
     formats = dict(before=shown, now=shown, change=lambda x: f'{100*x:+.1f}')
     table = d.rename_axis('class').reset_index().to_html(border=0, index=False, formatters=formats)
-    return (f"<b>accuracy {100*a.value:.1f} %</b> [{100*a.low:.1f}, {100*a.high:.1f}], entropy {now.entropy:.3f}<br>"
-        f"{100*b.diff:+.1f} points [{100*b.low:+.1f}, {100*b.high:+.1f}] over {against}{table if len(d) else '<br>No class changes.'}")
+    return (f"<b>accuracy {100*a.value:.1f} %</b> [{100*a.low:.1f}, {100*a.high:.1f}], entropy "
+        f"{now.entropy:.3f}<br>{100*b.diff:+.1f} points [{100*b.low:+.1f}, {100*b.high:+.1f}] over "
+        f"{against}{table if len(d) else '<br>No class changes.'}")
 
 # %% ../nbs/6_studies/55_explorer.ipynb #eb121004
 class Explorer:
@@ -276,18 +303,25 @@ class Explorer:
         path:pd.DataFrame|None=None, # From `learned_path`
     ):
         import ipywidgets as W
-        self.surfaces,self.path,self._quiet = _together(surfaces),path,False
+        self.surfaces = _together(surfaces)
+        self.path = path
+        self._quiet = False
         s = next(iter(self.surfaces.values()))
         menu = lambda what, options: W.Dropdown(description=what, options=options)
-        self.sliders = {k:W.FloatSlider(description=k, min=0, max=1, step=.01, continuous_update=False) for k in s.names}
-        self.method,self.colour = menu('method', list(self.surfaces)),menu('colour', ['accuracy','entropy'])
-        self.against,triples = menu('against', list(s.references)),list(itertools.combinations(s.names, 3))
+        self.sliders = {k:W.FloatSlider(description=k, min=0, max=1, step=.01, continuous_update=False)
+            for k in s.names}
+        self.method = menu('method', list(self.surfaces))
+        self.colour = menu('colour', ['accuracy','entropy'])
+        self.against = menu('against', list(s.references))
+        triples = list(itertools.combinations(s.names, 3))
         self.triangle = menu('triangle', [(', '.join(o), o) for o in triples])
         self.marks = {k:W.Button(description=k) for k in s.marks}
-        self.picture,self.words = W.Image(format='png'),W.HTML()
+        self.picture = W.Image(format='png')
+        self.words = W.HTML()
         menus = [self.method, self.colour, self.against] + [self.triangle]*(len(triples)>1)
         left = W.VBox([*menus, self.picture])
-        self.box = W.HBox([left, W.VBox([*self.sliders.values(), W.HBox(list(self.marks.values())), self.words])])
+        self.box = W.HBox([left, W.VBox([*self.sliders.values(), W.HBox(list(self.marks.values())),
+            self.words])])
         for o in menus: o.observe(lambda _: self.show(), 'value')
         for o in self.sliders.values(): o.observe(self._moved, 'value')
         for k,o in self.marks.items(): o.on_click(lambda _,w=s.marks[k].weights: self.go(w))
@@ -296,7 +330,7 @@ class Explorer:
         if not self._quiet: self.go(move(self.weights, change['owner'].description, change['new']))
     def _repr_mimebundle_(self, **kw): return self.box._repr_mimebundle_(**kw)
 
-# %% ../nbs/6_studies/55_explorer.ipynb #5cdedcfa
+# %% ../nbs/6_studies/55_explorer.ipynb #6439232d
 @patch
 def go(self:Explorer,
     weights, # Name -> share, or a list; they sum to 1
@@ -308,20 +342,23 @@ def go(self:Explorer,
     self._quiet = False
     self.show()
 
+# %% ../nbs/6_studies/55_explorer.ipynb #5cdedcfa
 @patch
 def show(self:Explorer)->None:
     "Merge with the current weights and update picture and words"
     from matplotlib.figure import Figure
-    s,f = self.surfaces[self.method.value],BytesIO()
+    s = self.surfaces[self.method.value]
+    f = BytesIO()
     self.now = s.at(self.weights)
     fig = Figure(figsize=(4.8, 3.8))
     plot_surface(s, self.colour.value, self.path, self.now, self.triangle.value, fig.subplots())
     fig.savefig(f, format='png', dpi=90)
-    self.picture.value,self.words.value = f.getvalue(),_report(s, self.now, self.against.value)
+    self.picture.value = f.getvalue()
+    self.words.value = _report(s, self.now, self.against.value)
 
-# %% ../nbs/6_studies/55_explorer.ipynb #b0379c33
+# %% ../nbs/6_studies/55_explorer.ipynb #4513ec85
 def _data(surfaces, path):
-    "What the script needs: weights in steps, right answers per class less those of equal weights, differences in 1e-4"
+    "What the script needs: weights in steps, right answers per class less equal weights, gaps in 1e-4"
     s = next(iter(surfaces.values()))
     codes,classes = pd.factorize(s.labels, sort=True)
     points = lambda s: [*s.points, *s.marks.values()]
@@ -330,19 +367,26 @@ def _data(surfaces, path):
         b = paired_bootstrap(p.accuracy.correct, ref.accuracy.correct)
         return [round(1e4*o) for o in (b.diff, b.low, b.high)]
     def one(s): return dict(right=[(count(p)-count(s.references['uniform'])).tolist() for p in points(s)],
-        entropy=[round(p.entropy, 6) for p in points(s)], references={k:count(p).tolist() for k,p in s.references.items()},
+        entropy=[round(p.entropy, 6) for p in points(s)],
+        references={k:count(p).tolist() for k,p in s.references.items()},
         versus={k:[versus(p, ref) for p in points(s)] for k,ref in s.references.items()})
-    line = [] if path is None else path[s.names].iloc[np.linspace(0, len(path)-1, 60).astype(int)].round(4).values.tolist()
-    return dict(sources=s.names, steps=s.steps, n=len(codes), classes=list(classes), sizes=np.bincount(codes).tolist(),
-        points=(s.steps*_frame(points(s))).round(6).values.tolist(), grid=len(s.points), note=_note(surfaces, path), path=line,
-        marks={k:len(s.points)+i for i,k in enumerate(s.marks)}, surfaces={k:one(s) for k,s in surfaces.items()})
+    line = [] if path is None else path[s.names].iloc[np.linspace(0, len(path)-1,
+        60).astype(int)].round(4).values.tolist()
+    return dict(sources=s.names, steps=s.steps, n=len(codes), classes=list(classes),
+        sizes=np.bincount(codes).tolist(),
+        points=(s.steps*_frame(points(s))).round(6).values.tolist(), grid=len(s.points),
+        note=_note(surfaces, path), path=line,
+        marks={k:len(s.points)+i for i,k in enumerate(s.marks)},
+        surfaces={k:one(s) for k,s in surfaces.items()})
 
+# %% ../nbs/6_studies/55_explorer.ipynb #b0379c33
 def _note(surfaces, path):
     rho = ', '.join(f'{k} {s.agreement():+.2f}' for k,s in surfaces.items())
-    text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. Entropy needs no labels; "
-        f"the rank correlation of certainty with accuracy over the grid is {rho}. ")
+    text = ("Accuracy is read from labels of the target: weights chosen by looking at it are an oracle. "
+        f"Entropy needs no labels; the rank correlation of certainty with accuracy over the grid is {rho}. ")
     if any(len(s.names)>3 for s in surfaces.values()):
-        text += "The triangle holds the other sources at the grid point nearest to the current weights; what lies outside is projected. "
+        text += ("The triangle holds the other sources at the grid point nearest to the current weights; "
+            "what lies outside is projected. ")
     if path is None: return text
     a,b = path['sum'].iloc[[0,-1]]
     total = '1 throughout' if abs(path['sum']-1).max()<1e-6 else f'from {a:.2f} to {b:.2f}'
@@ -360,9 +404,13 @@ def static_explorer(
     data = json.dumps(_data(surfaces, path), separators=(',',':'), ensure_ascii=False).replace('</', '<\\/')
     script = (Path(merginguriel.__file__).parent/'assets'/'explorer.js').read_text(encoding='utf-8')
     key = config_hash(data)
-    fallback = '; '.join(f'{k}: {n} {100*p.accuracy.value:.1f} %' for k,s in surfaces.items() for n,p in s.marks.items())
-    text = (f'<div data-explorer="{key}">{fallback} (the sliders need JavaScript)</div>\n<script>{{\n{script}\n'
-        f"for (const e of document.querySelectorAll('[data-explorer=\"{key}\"]')) explorer.mount(e, {data})\n}}</script>")
+    fallback = '; '.join(f'{k}: {n} {100*p.accuracy.value:.1f} %' for k,s in surfaces.items()
+        for n,p in s.marks.items())
+    text = (f'<div data-explorer="{key}">{fallback} (the sliders need '
+        f'JavaScript)</div>\n<script>{{\n{script}\n'
+        f"for (const e of document.querySelectorAll('[data-explorer=\"{key}\"]')) explorer.mount(e, "
+            f"{data})\n}}</script>")
     if (n := len(text.encode()))>limit:
-        raise ValueError(f"the explorer takes {n/1000:.0f} kB of the page and {limit/1000:.0f} are allowed; take fewer steps or methods")
+        raise ValueError(f"the explorer takes {n/1000:.0f} kB of the page and {limit/1000:.0f} are allowed; "
+            "take fewer steps or methods")
     return HTML(text)

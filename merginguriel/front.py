@@ -55,12 +55,13 @@ def front_page()->str: # The verbs, a line for each
     last = "`help(mu.merge)` says what each parameter of a verb means. Everything else is in the modules."
     return '\n'.join([first, '', *lines, '', last])
 
-# %% ../nbs/7_command/40_front.ipynb #337b150b
+# %% ../nbs/7_command/40_front.ipynb #c004d3e3
 def _comments(source):
     "Line -> comment on it"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]:t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
 
+# %% ../nbs/7_command/40_front.ipynb #337b150b
 def _parameters(node):
     "Name -> last line of each parameter of a function, or of each field of a class, or of its `__init__`"
     if isinstance(node, ast.ClassDef):

@@ -268,9 +268,10 @@ def blank_classifier(
     model.set_input_embeddings(nn.Embedding(vocab, small.embedding_dim, small.padding_idx, device='meta'))
     return model.eval()
 
-# %% ../nbs/2_merging/50_gradient.ipynb #0e9ffe25
+# %% ../nbs/2_merging/50_gradient.ipynb #25442fbe
 objectives = ('entropy','im','soft_labels')
 
+# %% ../nbs/2_merging/50_gradient.ipynb #0e9ffe25
 class Objective:
     "The loss of a batch of outputs"
     def __init__(self,

@@ -14,7 +14,7 @@ any ViT or CLIP, `finetune_images` makes a classifier for one task. `image_score
 `Arithmetic` learns what an encoder gets right. A few tasks can be grouped in all ways: `partition_sums` tries
 them all, so that the groups that a rule finds are seen among the others."""
 
-# %% ../nbs/6_studies/50_images.ipynb #0de7a672
+# %% ../nbs/6_studies/50_images.ipynb #add09bc6
 import hashlib,json,math,shutil,time
 from dataclasses import asdict,dataclass,fields
 from functools import cache

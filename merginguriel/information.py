@@ -265,8 +265,8 @@ def _prepare_fisher(scan, names, weights, information, normalise, **hp):
         for n,f in files.items():
             if f.shape(block.key)!=tuple(block.shape):
                 raise IncompatibleError(f"the information of {n} about {block.key!r} is "
-                    f"{list(f.shape(block.key))}, the tensor {list(block.shape)}; "
-                    "measure the models that are merged")
+                    f"{list(f.shape(block.key))}, the tensor {list(block.shape)}; measure the models that "
+                    "are merged")
         measured = torch.stack([f.read(block.key, block.rows) for f in files.values()])
         return dict(measured=measured, norms=norms)
     return given

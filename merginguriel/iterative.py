@@ -19,7 +19,7 @@ that a killed run goes on where it was. `train_together` is the reference: one m
 all locales, or of all but one. A schedule says how a given number of epochs is divided among merges;
 `run_schedule` runs it, and `schedule_gains` compares several."""
 
-# %% ../nbs/6_studies/30_iterative.ipynb #e3663c7d
+# %% ../nbs/6_studies/30_iterative.ipynb #377b0625
 import json
 from dataclasses import dataclass,fields
 from pathlib import Path

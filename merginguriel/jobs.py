@@ -14,7 +14,7 @@ scored on one split: for grids of hundreds of merges of models that are there or
 `train_all` is the training itself: the models of many locales and seeds, one after the other, into a folder
 where every run finds them."""
 
-# %% ../nbs/5_runs/55_jobs.ipynb #4dba028a
+# %% ../nbs/5_runs/55_jobs.ipynb #35c7d9a2
 import fcntl,os,time
 from contextlib import contextmanager
 from pathlib import Path

@@ -16,7 +16,7 @@ ExcTar and IncTar merges from bases alone. `forget` subtracts a locale and asks 
 they were. The models and their stored scores are those of `merginguriel.locale_models`;
 `merginguriel.locale_groups` compares the groups that task vectors form with language families and scripts."""
 
-# %% ../nbs/6_studies/60_locale_bases.ipynb #bbbda844
+# %% ../nbs/6_studies/60_locale_bases.ipynb #a8382879
 from dataclasses import dataclass,replace
 from functools import cache
 import numpy as np
@@ -277,9 +277,10 @@ def merge_gains(
     columns = 'mode a b accuracy gain low high p holm better worse targets'.split()
     return pd.concat(frames, ignore_index=True)[columns]
 
-# %% ../nbs/6_studies/60_locale_bases.ipynb #6ab4fdee
+# %% ../nbs/6_studies/60_locale_bases.ipynb #b90f2ba8
 directions = ('task','difference') # Subtract the task vector, or its difference from the mean of all
 
+# %% ../nbs/6_studies/60_locale_bases.ipynb #6ab4fdee
 def forgetting_weights(
     names, # All locales
     task:str, # The one to be forgotten

@@ -37,9 +37,10 @@ def _shuffled_p(found, shuffled, member):
     as_good = _together(shuffled, member)>=reached-1e-9
     return (1+as_good.sum())/(len(as_good)+1)
 
-# %% ../nbs/6_studies/58_locale_groups.ipynb #54ea4323
+# %% ../nbs/6_studies/58_locale_groups.ipynb #c2a3a0b7
 _found_by = dict(spectral=spectral_clusters, linkage=linkage_clusters)
 
+# %% ../nbs/6_studies/58_locale_groups.ipynb #54ea4323
 def agreement(
     gram:pd.DataFrame, # Inner products of task vectors
     ks, # Numbers of groups

@@ -14,7 +14,7 @@ question overwrites. It keeps each score in the store, so that an interrupted st
 `designs` names the kinds of bases that are compared; `Locales.fit` fits them, and `written` hands them on as
 they are on disk."""
 
-# %% ../nbs/6_studies/57_locale_models.ipynb #c49800e7
+# %% ../nbs/6_studies/57_locale_models.ipynb #c5e9749e
 import tempfile
 from contextlib import contextmanager
 from functools import cache
@@ -130,7 +130,7 @@ def own(self:Locales,
     c = open_checkpoint(self.models[locale])
     return self.score('own', locale, lambda: {k:c.read(k) for k in c}, self.texts(locale, split), split=split)
 
-# %% ../nbs/6_studies/57_locale_models.ipynb #68a66522
+# %% ../nbs/6_studies/57_locale_models.ipynb #bc4caf2e
 designs = { # Name -> kind and options for `fit_bases`
     'ae':('ae',{}), 'linear_ae':('linear_ae',{}), 'pca':('pca',{}), 'svd':('svd',{}),
     'subset':('subset',{}), 'random':('random',{}),
@@ -140,6 +140,7 @@ designs = { # Name -> kind and options for `fit_bases`
     'all':('all',{})}
 drawn = ('subset','random clusters','random') # Designs that depend on a seed
 
+# %% ../nbs/6_studies/57_locale_models.ipynb #68a66522
 def check_design(
     name:str, # A key of `designs`
 )->tuple: # Kind, options

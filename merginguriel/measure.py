@@ -15,7 +15,7 @@ model, texts and options, so that the next merge with that source, for whatever 
 `merge_measured` measures all sources and merges them. Nothing of the target is read, and labels only for
 `kind='empirical'`."""
 
-# %% ../nbs/4_models/50_measure.ipynb #a432cb5b
+# %% ../nbs/4_models/50_measure.ipynb #7ae08424
 import json
 from contextlib import ExitStack
 from dataclasses import replace

@@ -16,7 +16,7 @@ through the models block by block, treats the classifier head by a policy of its
 model folder with a record of what went into it. `merge_state_dicts` does the same for models in memory.
 Every source that is handed in is used, or the merge is an error."""
 
-# %% ../nbs/2_merging/20_merge.ipynb #7cde9a3d
+# %% ../nbs/2_merging/20_merge.ipynb #ace33a70
 import dataclasses,difflib,importlib,inspect,json,math,time
 from collections import Counter
 from collections.abc import Mapping
@@ -26,11 +26,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from .core import *
 from .outputs import *
 from .card import *
 from .checkpoint import *
-from .tokenizer import *
 from .base_model import *
 from .task_vector import *
 from .head import *

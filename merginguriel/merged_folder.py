@@ -22,7 +22,7 @@ from . import __version__
 from .core import *
 from .card import *
 from .checkpoint import *
-from .base_model import *
+from .tokenizer import *
 from .head import *
 from .loop import *
 

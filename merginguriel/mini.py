@@ -57,9 +57,10 @@ def base_folder(
     from merginguriel.base_model import resolve_model
     return named_bases[name]() if name in named_bases else resolve_model(name)
 
-# %% ../nbs/4_models/20_mini.ipynb #415ff704
+# %% ../nbs/4_models/20_mini.ipynb #7164ed86
 _special = ['<s>','<pad>','</s>','<unk>','<mask>']
 
+# %% ../nbs/4_models/20_mini.ipynb #415ff704
 def train_tokenizer(
     texts, # Utterances, an equal number for each locale
     vocab_size:int=24000, # Subwords, special tokens included; fewer when the text has fewer

@@ -37,6 +37,7 @@ def output_path(
     path:str|Path, # Where a user wants a result; `~` is the home folder
 )->Path: # The same place, without `..`
     "The path of an output; a link at its end stays a link"
+    if not str(path): raise ValueError("the output path is empty; name a folder or a file")
     p = Path(path).expanduser()
     if '..' not in p.parts: return p
     return p.resolve() if p.name=='..' else p.parent.resolve()/p.name

@@ -201,7 +201,7 @@ def _blurred(x, rng):
 
 def _inverted(x, rng): return np.clip(1-.7*x+.1*rng.standard_normal(x.shape), 0, 1)
 
-# %% ../nbs/6_studies/40_pictures.ipynb #ec28ea58
+# %% ../nbs/6_studies/40_pictures.ipynb #69deaaf0
 _degrees = ['0°','90°','180°','270°']
 _levels = ['none','little','some','much']
 def _as_they_are(p, rng): return p.pixels,p.label,p.names
@@ -220,6 +220,8 @@ _asked = { # Task -> source, what is asked, function (pictures, generator) -> (p
     'face':('faces', 'a face or not', _as_they_are),
     'texture':('textures', 'which material', _as_they_are),
     'photo':('photos', 'which of eight photographs', _as_they_are)}
+
+# %% ../nbs/6_studies/40_pictures.ipynb #ec28ea58
 _symmetric = dict(mirrored=[0,1,8]) # Labels that a task leaves out
 
 # %% ../nbs/6_studies/40_pictures.ipynb #d9761d28
@@ -253,13 +255,14 @@ def picture_task(
         parts[split] = part
     return ImageTask(name, what, list(names), parts, prepare=signed_pixels, digest=digest.hexdigest()[:16])
 
-# %% ../nbs/6_studies/40_pictures.ipynb #3db8709b
+# %% ../nbs/6_studies/40_pictures.ipynb #4979a2aa
 vision_tasks = { # Task -> hub name, configuration, epochs
     'Cars':('tanganke/stanford_cars',None,35), 'DTD':('tanganke/dtd',None,76),
     'EuroSAT':('tanganke/eurosat',None,12), 'GTSRB':('tanganke/gtsrb',None,11),
     'MNIST':('ylecun/mnist',None,5), 'RESISC45':('tanganke/resisc45',None,15),
     'SUN397':('tanganke/sun397',None,14), 'SVHN':('ufldl-stanford/svhn','cropped_digits',4)}
 
+# %% ../nbs/6_studies/40_pictures.ipynb #3db8709b
 @dataclass
 class HubPictures:
     "Where a labelled image data set has what, and how much of it is taken"

@@ -16,7 +16,7 @@ the same sources, the same base and the same text, unless the fault lies in choo
 tests both models on the target's test set and records the results. `quirk_costs` subtracts the accuracy of
 the right way from that of the published way, paired by test item, and `plot_quirks` draws all seven."""
 
-# %% ../nbs/6_studies/10_quirks.ipynb #6c00195f
+# %% ../nbs/6_studies/10_quirks.ipynb #62a30941
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 import json

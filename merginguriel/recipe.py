@@ -67,7 +67,10 @@ def _number(o, what):
 def _entries(config):
     "(model, its settings, those of its slice) of each model"
     if ('models' in config)==('slices' in config): raise ValueError("a recipe has either models or slices")
-    if 'models' in config: rows,more,keys = config['models'],{},['model','parameters']
+    if 'models' in config:
+        rows = config['models']
+        more = {}
+        keys = ['model','parameters']
     else:
         if len(config['slices'])!=1:
             raise ValueError(f"a recipe of {len(config['slices'])} slices stacks layers of different models; "
@@ -284,7 +287,8 @@ def run_recipe(
     r,base,sources = _opened(recipe, labels)
     check_apart(out, {'the base':base, **sources})
     with atomic_dir(out, replace) as d:
-        m = merge(base, sources, d, r.method, r.weights, head=head, seed=seed, allow_mixed_heads=allow_mixed_heads,
+        m = merge(base, sources, d, r.method, r.weights, head=head, seed=seed,
+            allow_mixed_heads=allow_mixed_heads,
             allow_generic=allow_generic, **r.hp)
         record = _finish(d, r, m, r.tokenizer and _model(r.tokenizer, base, labels), out.name)
     return changed(m, path=out, record=record)

@@ -15,7 +15,7 @@ gathers these, tensor by tensor, in one pass over the merged model, the base and
 λ each block and the whole body hold, what no λ explains, and how much of that is the rounding of the file.
 `merginguriel.audit` puts words to it."""
 
-# %% ../nbs/2_merging/10_recovery.ipynb #1cf6bfd9
+# %% ../nbs/2_merging/10_recovery.ipynb #b7aee934
 import math
 from collections import Counter
 from dataclasses import dataclass

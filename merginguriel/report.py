@@ -27,7 +27,7 @@ from .core import *
 from .evaluate import *
 from .significance import *
 from .store import *
-from .store import _flat
+from .store import flat_config
 from .data import *
 from .experiment import *
 from .gains import *
@@ -204,7 +204,8 @@ def stored_recipes(
     rows:pd.DataFrame, # From `stored_accuracies`
 )->pd.DataFrame: # One row per recipe: recipe, what, targets, seeds, merges, scores; the largest first
     "What each recipe is, in its main fields and in those that not all recipes share"
-    c = {r:_flat(store.config(h)) for r,h in rows.drop_duplicates('recipe').set_index('recipe').hash.items()}
+    first = rows.drop_duplicates('recipe').set_index('recipe').hash
+    c = {r:flat_config(store.config(h)) for r,h in first.items()}
     said = (*_open,'methods','include_target','oracle') # Merges have a column, the contract says the others
     more = [k for k in dict.fromkeys(k for o in c.values() for k in o) if k.split('.')[0] not in said
         and k not in _shown]
@@ -440,7 +441,9 @@ def diff(
     ha = store.find(ha)
     hb = store.find(hb)
     a,b = (store.scores(hash=h, metric='accuracy') for h in (ha,hb))
-    na,nb = na or nb,nb or na
+    either = na or nb
+    na = either
+    nb = nb or either
     for n,d,h in ((na,a,ha),(nb,b,hb)):
         if n and n not in set(d.name):
             raise KeyError(f"run {h[:8]} has no {n!r}; it has {', '.join(dict.fromkeys(d.name))}")
@@ -455,6 +458,6 @@ def diff(
     cb = store.config(hb)
     rows = [_pair(store, a.loc[i], b.loc[j], ca.get('dataset')) for i,j in zip(m.index_x, m.index_y)]
     scores = pd.DataFrame(rows)
-    f = _fields(_flat(ca), _flat(cb))
+    f = _fields(flat_config(ca), flat_config(cb))
     return Diff(f, scores, _in_words(ha, hb, f,
         rows[int((scores.accuracy_a-scores.accuracy_b).abs().argmax())]))

@@ -72,7 +72,7 @@ def template_parameters(
         lines[s.lineno-1].split(' # ',1)[-1])
         for s in ast.parse(cells[0]).body if isinstance(s, ast.AnnAssign)}
 
-# %% ../nbs/5_runs/50_runner.ipynb #7655dea3
+# %% ../nbs/5_runs/50_runner.ipynb #0985e45e
 _types = dict(str=str, int=int, float=(int,float), bool=bool)
 
 def _check_type(name, kind, v):
@@ -82,6 +82,7 @@ def _check_type(name, kind, v):
             hint = " (papermill makes numbers of -p and YAML of -y, where `no` is False: pass text with -r)"
         raise ValueError(f"{name} is {'an' if kind=='int' else 'a'} {kind}; got {v!r}{hint}")
 
+# %% ../nbs/5_runs/50_runner.ipynb #7655dea3
 def check_parameters(
     notebook:str|Path, # Template name or notebook path
     params:dict, # Name -> value

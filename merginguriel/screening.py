@@ -8,11 +8,13 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/screening.html.md"""
 __all__ = ['spread', 'screen', 'set_accuracy', 'confirm', 'ranking', 'plot_screening']
 
 # %% ../nbs/6_studies/25_screening.ipynb #5f2f8d77
-"""Of 48 sources, 17,296 sets of three can be merged, and 1.7 million sets of five. A merge and its evaluation take a second; an
-estimate from predictions that are kept anyway takes microseconds. To first order in the task vectors, the logits of a merge are the
-mean of its members' logits, which `screen` computes for every set. What the first order leaves out grows with the distance between
-the members, and the Gram matrix knows that distance. `confirm` merges the best sets, and `ranking` says how far the estimate can be
-trusted. The labels it reads are those of the text it is given: of the target they are labelled information, and ExcTar forbids them."""
+"""Of 48 sources, 17,296 sets of three can be merged, and 1.7 million sets of five. A merge and its evaluation
+take a second, while an estimate from predictions that are kept anyway takes microseconds. To first order in
+the task vectors, the logits of a merge are the mean of its members' logits, which `screen` computes for every
+set. What the first order leaves out grows with the distance between the members, and the Gram matrix knows
+that distance. `confirm` merges the best sets, and `ranking` says how far the estimate can be trusted. The
+labels that the estimate reads are those of the text it is given. Of the target they are labelled information,
+which ExcTar forbids."""
 
 # %% ../nbs/6_studies/25_screening.ipynb #c4d40ab5
 import itertools,math
@@ -31,59 +33,78 @@ def spread(
     members, # Numbers of the members of each set, (sets, k)
 )->np.ndarray: # (sets,), in [0, 1]
     "The part of the mean squared length of the members' task vectors that their mean does not have"
-    g,m = np.asarray(gram, dtype=np.float64),np.asarray(members)
+    g = np.asarray(gram, dtype=np.float64)
+    m = np.asarray(members)
     length = g[m,m].mean(1)
-    if not (length>0).all(): raise ValueError("a set has only task vectors of length 0; such sources are copies of the base")
-    return 1-g[m[:,:,None],m[:,None]].mean((1,2))/length
+    if not (length>0).all():
+        raise ValueError("a set has only task vectors of length 0; such sources are copies of the base")
+    of_mean = g[m[:,:,None],m[:,None]].mean((1,2))
+    return 1-of_mean/length
 
 # %% ../nbs/6_studies/25_screening.ipynb #cd97d656
 def _right(z, y, prefix, last):
     "Share of items that the mean logits of prefix + each of `last` have right"
-    return ((z[list(prefix)].sum(0)+z[last]).argmax(-1)==y).double().mean(-1)
+    total = z[list(prefix)].sum(0)+z[last]
+    return (total.argmax(-1)==y).double().mean(-1)
 
+# %% ../nbs/6_studies/25_screening.ipynb #55bbbd2b
 def _scored(z, y, sets, k):
-    "Members (sets, k) and accuracy of each set"
+    "Members (sets, k) and accuracy of each set; sets that share all but the last member are summed once"
     by_prefix = itertools.groupby(sets, lambda s: s[:-1]) if k>1 else [((),sets)]
-    members,right = [],[]
+    members = []
+    right = []
     for prefix,group in by_prefix:
         group = list(group)
         members += group
-        for a in range(0, len(group), 64): right.append(_right(z, y, prefix, [s[-1] for s in group[a:a+64]]))
+        last = [s[-1] for s in group]
+        for a in range(0, len(group), 64): right.append(_right(z, y, prefix, last[a:a+64]))
     return np.array(members),torch.cat(right).numpy()
 
-# %% ../nbs/6_studies/25_screening.ipynb #8f91742d
+# %% ../nbs/6_studies/25_screening.ipynb #587b827e
 def _numbers(names, sets, k):
     "`sets` as tuples of numbers; all sets of k where there are none given"
     if sets is None:
-        if not 1<=k<=len(names): raise ValueError(f"k is from 1 to the number of candidates, {len(names)}; got {k}")
+        if not 1<=k<=len(names):
+            raise ValueError(f"k is from 1 to the number of candidates, {len(names)}; got {k}")
         return itertools.combinations(range(len(names)), k)
     at = {o:i for i,o in enumerate(names)}
-    if bad := [s for s in sets if len(set(s))!=k or any(o not in at for o in s)]:
-        raise ValueError(f"{bad[0]} is not a set of {k} of the candidates {', '.join(names)}")
+    bad = [s for s in sets if len(set(s))!=k or any(o not in at for o in s)]
+    if bad: raise ValueError(f"{bad[0]} is not a set of {k} of the candidates {', '.join(names)}")
     return sorted(tuple(sorted(at[o] for o in s)) for s in sets)
 
+# %% ../nbs/6_studies/25_screening.ipynb #97bec2ff
+def _check_gram(gram, names):
+    "Refuse inner products that lack a candidate"
+    lack = [o for o in names if o not in gram.index or o not in gram.columns]
+    if lack:
+        raise ValueError(f"the Gram matrix has no {lack[0]!r}; measure the inner products of all candidates")
+
+# %% ../nbs/6_studies/25_screening.ipynb #f9fcde75
 def screen(
     predictions:dict, # Candidate -> `Predictions` for the same items; `stacked` says what they must share
     k:int, # Members of a set
-    gram:pd.DataFrame|None=None, # Inner products of the candidates' task vectors, by name; None: no column `spread`
+    gram:pd.DataFrame|None=None, # Inner products of task vectors, by name; None: no column `spread`
+    *,
     sets=None, # Sets of names to score; None: all C(n, k) sets
     keep:int|None=100, # Rows returned, the best by `estimate`; None: all
 )->pd.DataFrame: # sources (tuple of names), estimate and members (accuracies in [0, 1]), spread; best first
     "Accuracy of the mean logits of every set of `k` candidates, for equal weights"
-    names,(z,first) = list(predictions),stacked(predictions)
-    z,y = torch.from_numpy(z).float(),torch.tensor(first.labels)
-    if gram is not None and (lack := [o for o in names if o not in gram.index or o not in gram.columns]):
-        raise ValueError(f"the Gram matrix has no {lack[0]!r}; measure the inner products of all candidates")
+    names = list(predictions)
+    logits,first = stacked(predictions)
+    z = torch.from_numpy(logits).float()
+    y = torch.tensor(first.labels)
+    if gram is not None: _check_gram(gram, names)
     members,estimate = _scored(z, y, _numbers(names, sets, k), k)
     own = (z.argmax(-1)==y).double().mean(-1).numpy()
     best = np.argsort(-estimate, kind='stable')[:keep]
     m = members[best]
-    df = pd.DataFrame(dict(sources=[tuple(names[i] for i in s) for s in m], estimate=estimate[best], members=own[m].mean(1)))
+    sources = [tuple(names[i] for i in s) for s in m]
+    df = pd.DataFrame(dict(sources=sources, estimate=estimate[best], members=own[m].mean(1)))
     if gram is not None: df['spread'] = spread(gram.loc[names,names], m)
     df.attrs = dict(sets=len(members), items=len(y))
     return df
 
-# %% ../nbs/6_studies/25_screening.ipynb #ec3425cd
+# %% ../nbs/6_studies/25_screening.ipynb #5afb11a3
 def set_accuracy(
     trials:Trials, # With the set among its sources, and the text to be scored on
     sources, # Names of the set
@@ -94,36 +115,46 @@ def set_accuracy(
     w = source_coefficients(method, pd.Series(1/len(sources), list(sources)))
     return trials.accuracy(method, dict.fromkeys(trials.sources, 0.)|dict(w), **kw)
 
+# %% ../nbs/6_studies/25_screening.ipynb #99461d40
 def confirm(
     trials:Trials, # With the candidates as its sources, and the text to be scored on
     screened:pd.DataFrame, # Rows of `screen`
     method:str='linear', # Name in `methods`
+    *,
     progress:bool=False, # Show a bar
     **kw, # As for `Trials.predictions`
 )->pd.DataFrame: # The rows, and `merged`, the accuracy of the merge in [0, 1]
     "Merge each set with equal weights"
     from tqdm.auto import tqdm
-    if lack := sorted({o for s in screened.sources for o in s}-set(trials.sources)):
-        raise ValueError(f"the trials have no source {lack[0]!r}; they have {', '.join(trials.sources)}")
+    members = {o for s in screened.sources for o in s}
+    lack = sorted(members-set(trials.sources))
+    if lack: raise ValueError(f"the trials have no source {lack[0]!r}; they have {', '.join(trials.sources)}")
     sets = tqdm(screened.sources, disable=not progress, unit='merge', leave=False)
     return screened.assign(merged=[set_accuracy(trials, s, method, **kw).value for s in sets])
 
 # %% ../nbs/6_studies/25_screening.ipynb #6d42d9ff
+def _lost(confirmed, score):
+    "What each target loses when the set with the best score is taken, in accuracy"
+    return [d.merged.max()-d.merged[score[t].idxmax()] for t,d in confirmed.items()]
+
+# %% ../nbs/6_studies/25_screening.ipynb #b28d2616
 def ranking(
     confirmed:dict, # Target -> rows of `confirm`, chosen without looking at `estimate`, such as random sets
     by:tuple=('estimate','members','spread'), # Columns to rank by; of `spread` the smallest is best
     n:int=10000, # Resamples of the targets
 )->pd.DataFrame: # One row per column: rho, low, high, regret, blind (in accuracy)
     "How well a column of `screen` orders merges"
-    rng,rows = np.random.default_rng(0),{}
-    if few := [t for t,d in confirmed.items() if len(d)<3]: raise ValueError(f"{few[0]} has {len(confirmed[few[0]])} merges; 3 or more")
+    few = [t for t,d in confirmed.items() if len(d)<3]
+    if few: raise ValueError(f"{few[0]} has {len(confirmed[few[0]])} merges; 3 or more")
+    rng = np.random.default_rng(0)
+    blind = np.mean([d.merged.max()-d.merged.mean() for d in confirmed.values()])
+    rows = {}
     for c in by:
         score = {t:-d[c] if c=='spread' else d[c] for t,d in confirmed.items()}
         rho = np.array([score[t].corr(d.merged, 'spearman') for t,d in confirmed.items()])
         low,high = mean_interval(rho, n, rng) if len(rho)>1 else (math.nan,math.nan)
-        lost = [d.merged.max()-d.merged[score[t].idxmax()] for t,d in confirmed.items()]
-        rows[c] = dict(rho=rho.mean(), low=low, high=high, regret=np.mean(lost),
-            blind=np.mean([d.merged.max()-d.merged.mean() for d in confirmed.values()]))
+        regret = np.mean(_lost(confirmed, score))
+        rows[c] = dict(rho=rho.mean(), low=low, high=high, regret=regret, blind=blind)
     return pd.DataFrame(rows).T.rename_axis('by')
 
 # %% ../nbs/6_studies/25_screening.ipynb #f604ffee
@@ -135,9 +166,11 @@ def plot_screening(
     from matplotlib import pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5, 4.5))[1]
     colours = plt.get_cmap('turbo')(np.linspace(.05, .95, len(confirmed)))
-    for c,(t,d) in zip(colours, confirmed.items()): ax.scatter(100*d.estimate, 100*d.merged, s=10, color=c, label=t)
-    ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
-    ax.plot(ends, ends, color='.6', lw=.8)
+    for c,(t,d) in zip(colours, confirmed.items()):
+        ax.scatter(100*d.estimate, 100*d.merged, s=10, color=c, label=t)
+    low = min(ax.get_xlim()[0], ax.get_ylim()[0])
+    high = max(ax.get_xlim()[1], ax.get_ylim()[1])
+    ax.plot([low,high], [low,high], color='.6', lw=.8)
     ax.set(xlabel='mean logits of the members (% right)', ylabel='merge (% right)')
     ax.legend(frameon=False, fontsize='small', loc='upper left', bbox_to_anchor=(1, 1))
     return ax

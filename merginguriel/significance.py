@@ -65,7 +65,7 @@ def _align(s, ids, what, ref):
                 "same items")
     return s.loc[ids].to_numpy()
 
-# %% ../nbs/0_ground/50_significance.ipynb #2c3c4820
+# %% ../nbs/0_ground/50_significance.ipynb #c8a115d2
 def _run_list(x, what):
     "The correctness of each run of `x`, an array of several runs being one"
     several = isinstance(x,(list,tuple)) and len(x)>0
@@ -73,6 +73,7 @@ def _run_list(x, what):
     if not several: return [correctness(x, what)]
     return [correctness(o, what) for o in x]
 
+# %% ../nbs/0_ground/50_significance.ipynb #2c3c4820
 def _by_place(a, b):
     "Arrays without ids as (runs, items), paired by place"
     A = np.atleast_2d(a)

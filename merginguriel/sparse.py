@@ -119,7 +119,7 @@ def kept(
     n = max(1, n) if trim_rule=='exact' else n+1
     return min(d, n)
 
-# %% ../nbs/2_merging/30_sparse.ipynb #f4090a1e
+# %% ../nbs/2_merging/30_sparse.ipynb #599a002a
 def _own_cut(flat, count, trim_rule):
     "`threshold` and `limit` from the values themselves, (n, d)"
     k = kth_magnitude(lambda: [flat], count, len(flat), flat.dtype)
@@ -128,6 +128,7 @@ def _own_cut(flat, count, trim_rule):
     ends = [(row.abs()==v).nonzero()[left-1,0]+1 for row,v,left in zip(flat, threshold, k.left)]
     return threshold,torch.stack(ends)
 
+# %% ../nbs/2_merging/30_sparse.ipynb #f4090a1e
 def _trim_row(x, value, below, n):
     "`x` without what is smaller than `value`, and without its equals from place `n` on"
     least = below if n>0 else value # Up to this, magnitudes become 0

@@ -21,7 +21,6 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor
 from .task_vector import *
-from .loop import *
 from .merge import *
 from .linear import *
 

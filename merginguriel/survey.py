@@ -8,11 +8,12 @@ Docs: https://merginguriel.github.io/merginguriel/6_studies/survey.html.md"""
 __all__ = ['surveyed', 'survey', 'target_accuracies', 'choice_by_others', 'regrets', 'plot_methods', 'plot_targets']
 
 # %% ../nbs/6_studies/20_survey.ipynb #370dbaab
-"""A method that is best on average may be the best in no locale. `survey` tries many methods on the same sources without
-writing their merges to disk. `target_accuracies` lays out what each method scores in each
-target, `plot_methods` what it gains on average and `plot_targets` where. What helps a user is neither: it is what a rule for
-choosing earns in a locale that the rule has not seen. `choice_by_others` follows the simplest one, the method that was best in
-the other locales, and counts what it loses."""
+"""A method that is best on average may be the best in no locale. `survey` tries many methods on the same
+sources without writing their merges to disk. `target_accuracies` lays out what each method scores in each
+target, `plot_methods` draws what it gains on average, and `plot_targets` where it gains. What helps a user is
+something else: what a rule for choosing a method earns in a locale that the rule has not seen.
+`choice_by_others` follows the simplest rule, to take the method that was best in the other locales, and
+counts what it loses."""
 
 # %% ../nbs/6_studies/20_survey.ipynb #52cd752f
 import time
@@ -29,38 +30,51 @@ from .across import *
 from .report import *
 
 # %% ../nbs/6_studies/20_survey.ipynb #de8f3ea0
-surveyed = ', '.join(['linear','task_arithmetic','ties','ties(scope="tensor")','dare','dare(drop=.5, then="linear")',
-    'dare(drop=.5, then="ties")','breadcrumbs','della','consensus','karcher','chain','model_stock','directional_consensus','lines',
-    'lines(of="ties")','tsv_m','tsv_m(scale=.2)','iso_c','iso_c(scale=.2)','iso_cts','iso_cts(scale=.2)','wudi','wudi(ridge=1)',
-    'actmat','ace','fisher','regmean','regmean_plus']) # What the template on methods compares
+surveyed = ', '.join([ # What the template on methods compares
+    'linear','task_arithmetic','ties','ties(scope="tensor")','dare','dare(drop=.5, then="linear")',
+    'dare(drop=.5, then="ties")','breadcrumbs','della','consensus','karcher','chain','model_stock',
+    'directional_consensus','lines','lines(of="ties")','tsv_m','tsv_m(scale=.2)','iso_c','iso_c(scale=.2)',
+    'iso_cts','iso_cts(scale=.2)','wudi','wudi(ridge=1)','actmat','ace','fisher','regmean','regmean_plus'])
 
-# %% ../nbs/6_studies/20_survey.ipynb #9b3b72b4
-def _looks(m):
+# %% ../nbs/6_studies/20_survey.ipynb #c5846c1a
+def _reads_texts(m):
     "Whether a method reads texts before it merges"
-    name,hp = named_method(m)
-    return name,hp,bool(text_of(m)) or measures(name, hp)
+    return bool(text_of(m)) or measures(*named_method(m))
 
+# %% ../nbs/6_studies/20_survey.ipynb #0b63a06f
+def _in_memory(e, r, out, device, progress):
+    "Method label -> accuracy of its merge, for the methods that read no texts; `r` has the models"
+    from tqdm.auto import tqdm
+    w = e.merged_weights(r.weights)
+    sources = {o:r.models[o] for o in w.index}
+    test = e.dataset_of(e.target, 'test')
+    trials = Trials(e.start(), sources, test, bank=Path(out)/'predictions', device=device)
+    acc = {}
+    those = [m for m in e.methods if not _reads_texts(m)]
+    for m in tqdm(those, disable=not progress, unit='merge', leave=False):
+        name,hp = named_method(m)
+        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed,
+            **hp)
+    return acc
+
+# %% ../nbs/6_studies/20_survey.ipynb #0b34b5ff
 def survey(
     experiment:Experiment, # What to do; its methods may be many
     out='runs', # Folder for models and predictions, which later runs reuse
     store=None, # File of the result store; None: `store.sqlite` in `out`
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
+    *,
     progress:bool=False, # Show bars
 )->Result: # As of `run`; the merges that were made in memory have no folder
     "What `run` does, with all merges that need no texts made in memory"
-    from tqdm.auto import tqdm
     e = experiment
     e.check()
-    first = replace(e, methods=tuple(m for m in e.methods if _looks(m)[2]) or ('linear',))
-    r = run(first, out, store, device, progress)
-    w = e.merged_weights(r.weights)
-    trials = Trials(e.start(), {o:r.models[o] for o in w.index}, e.dataset_of(e.target, 'test'),
-        bank=Path(out)/'predictions', device=device)
-    acc,start = {},time.time()
-    for m in tqdm([o for o in e.methods if not _looks(o)[2]], disable=not progress, unit='merge', leave=False):
-        name,hp,_ = _looks(m)
-        acc[method_label(m)] = trials.accuracy(name, source_coefficients(name, w), head=e.head, seed=e.seed, **hp)
-    r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={method_label(m):r.merged.get(method_label(m)) for m in e.methods},
+    with_texts = tuple(m for m in e.methods if _reads_texts(m))
+    r = run(replace(e, methods=with_texts or ('linear',)), out, store=store, device=device, progress=progress)
+    start = time.time()
+    acc = _in_memory(e, r, out, device, progress)
+    labels = [method_label(m) for m in e.methods]
+    r = replace(r, experiment=e, accuracies=r.accuracies|acc, merged={k:r.merged.get(k) for k in labels},
         seconds=r.seconds|dict(trials=round(time.time()-start, 1)))
     r.record(store or Path(out)/'store.sqlite')
     return r
@@ -72,46 +86,61 @@ def target_accuracies(
 )->pd.DataFrame: # Accuracy in [0, 1], mean over seeds, (target × name)
     "What each method scores in each target"
     names = list(results[0].merged) if names is None else list(names)
-    return pd.DataFrame({m:{t:float(np.mean([o.mean() for o in answers(rs, m)])) for t,rs in by_target(results).items()}
-        for m in names}).rename_axis('target')
+    targets = by_target(results)
+    def accuracy(runs, name): return float(np.mean([o.mean() for o in answers(runs, name)]))
+    table = {name:{t:accuracy(runs, name) for t,runs in targets.items()} for name in names}
+    return pd.DataFrame(table).rename_axis('target')
 
 # %% ../nbs/6_studies/20_survey.ipynb #fd722e33
 def choice_by_others(
     accuracies:pd.DataFrame, # (target × method), from `target_accuracies`
 )->pd.DataFrame: # One row per target: chosen, accuracy, best, regret
     "For each target the method that is best on average in all others, and what is lost by taking it"
-    if len(accuracies)<2: raise ValueError(f"a choice by other targets needs two or more; got {len(accuracies)}")
+    if len(accuracies)<2:
+        raise ValueError(f"a choice by other targets needs two or more; got {len(accuracies)}")
     chosen = {t:accuracies.drop(index=t).mean().idxmax() for t in accuracies.index}
     got = pd.Series({t:accuracies.at[t,m] for t,m in chosen.items()})
     best = accuracies.max(axis=1)
-    return pd.DataFrame(dict(chosen=chosen, accuracy=got, best=accuracies.idxmax(axis=1), regret=best-got)).rename_axis('target')
+    choices = dict(chosen=chosen, accuracy=got, best=accuracies.idxmax(axis=1), regret=best-got)
+    return pd.DataFrame(choices).rename_axis('target')
 
 # %% ../nbs/6_studies/20_survey.ipynb #e1090bdc
 def regrets(
     accuracies:pd.DataFrame, # (target × method)
     n:int=10000, # Resamples of the targets
 )->pd.DataFrame: # One row per rule: regret, low, high; best first
-    "What is lost on average by always taking one method, and by choosing by the other targets; 95 % intervals over targets"
+    "What is lost on average by always taking one method, and by choosing by the other targets"
     loss = accuracies.rsub(accuracies.max(axis=1), axis=0).rename(columns='always {}'.format)
     loss['best of the others'] = choice_by_others(accuracies).regret
     low,high = mean_interval(loss, n)
-    return pd.DataFrame(dict(regret=loss.mean(), low=low, high=high)).sort_values('regret', kind='stable')
+    table = pd.DataFrame(dict(regret=loss.mean(), low=low, high=high))
+    return table.sort_values('regret', kind='stable')
 
-# %% ../nbs/6_studies/20_survey.ipynb #8fa8f86b
+# %% ../nbs/6_studies/20_survey.ipynb #3d206a05
 def plot_methods(
     means:pd.DataFrame, # From `mean_gains`, rows of one `b`
     ax=None, # Axes to draw on; None: new ones
 ): # The axes
-    "Mean gain of each method over targets with its interval, the best on top; filled where it differs after correction"
+    "Mean gain of each method over targets with its interval, the best on top; filled where it differs"
     from matplotlib import pyplot as plt
     d = means.sort_values('gain', kind='stable').reset_index(drop=True)
     if ax is None: ax = plt.subplots(figsize=(5, .8+.24*len(d)))[1]
+    fill = ['#0072b2' if p<.05 else 'white' for p in d.holm]
     ax.hlines(d.index, 100*d.low, 100*d.high, color='#0072b2')
-    ax.scatter(100*d.gain, d.index, s=28, zorder=3, edgecolor='#0072b2', color=['#0072b2' if p<.05 else 'white' for p in d.holm])
+    ax.scatter(100*d.gain, d.index, s=28, zorder=3, edgecolor='#0072b2', color=fill)
     ax.axvline(0, color='k', lw=1.2)
     ax.set(yticks=d.index, yticklabels=d.a, xlabel=f'mean gain over {d.b.iloc[0]} (points)')
     return ax
 
+# %% ../nbs/6_studies/20_survey.ipynb #1245d4d3
+def _write_sure(ax, points, sure, limit):
+    "The number in each cell of `points` that is `sure`, white where the colour is dark"
+    for i,j in zip(*np.nonzero(sure.to_numpy())):
+        value = points.iat[i,j]
+        colour = 'w' if abs(value)>.7*limit else 'k'
+        ax.text(j, i, f'{value:+.1f}', ha='center', va='center', fontsize=6.5, color=colour)
+
+# %% ../nbs/6_studies/20_survey.ipynb #67e1eb35
 def plot_targets(
     gains:pd.DataFrame, # From `gains_across`, rows of one `b`
     ax=None, # Axes to draw on; None: new ones
@@ -120,12 +149,13 @@ def plot_targets(
     "Gain of each method in each target; a number where it differs after correction"
     from matplotlib import pyplot as plt
     m = 100*gains.pivot(index='a', columns='target', values='gain')
-    m = m.loc[m.mean(axis=1).sort_values(ascending=False).index, m.mean().sort_values(ascending=False).index]
-    sure = gains.pivot(index='a', columns='target', values='verdict').loc[m.index,m.columns]!='no difference shown'
+    methods = m.mean(axis=1).sort_values(ascending=False).index
+    targets = m.mean().sort_values(ascending=False).index
+    m = m.loc[methods,targets]
+    verdict = gains.pivot(index='a', columns='target', values='verdict').loc[methods,targets]
     if ax is None: ax = plt.subplots(figsize=(2.4+.42*m.shape[1], 1.3+.25*m.shape[0]))[1]
     im = ax.imshow(m, cmap='PuOr', vmin=-limit, vmax=limit, aspect='auto')
-    for i,j in zip(*np.nonzero(sure.to_numpy())):
-        ax.text(j, i, f'{m.iat[i,j]:+.1f}', ha='center', va='center', fontsize=6.5, color='w' if abs(m.iat[i,j])>.7*limit else 'k')
+    _write_sure(ax, m, verdict!='no difference shown', limit)
     ax.set(xticks=range(m.shape[1]), yticks=range(m.shape[0]), yticklabels=m.index)
     ax.set_xticklabels(m.columns, rotation=90)
     ax.figure.colorbar(im, ax=ax, label=f'gain over {gains.b.iloc[0]} (points)')

@@ -14,7 +14,7 @@ classifier is not trained but read off the names of its labels (`name_head`), as
 be scored too, and all that is learned is in the encoder. `learn_task_masks` finds the changes that each task
 needs, and `TextScores` scores any encoder on any task, running each text once."""
 
-# %% ../nbs/6_studies/35_tasks.ipynb #0a2633fa
+# %% ../nbs/6_studies/35_tasks.ipynb #3e307072
 import re
 from pathlib import Path
 import numpy as np

@@ -269,7 +269,7 @@ def _cut(dataset, split, sizes, seed):
 
 # %% ../nbs/6_studies/33_text_sources.ipynb #9ba90202
 def text_tasks(
-    source:str='home', # 'home', 'massive', 'toy', 'hub', 'hub:NAME', a folder of folders; or several, with commas
+    source:str='home', # 'home', 'massive', 'toy', 'hub', 'hub:NAME', a folder of folders; or several
     locale:str='en-US', # Locale of the texts
     names=None, # Tasks to keep; None: all
     *,

@@ -15,7 +15,7 @@ head, which is drawn from the seed alone. The epoch with the best accuracy on th
 earliest among equals, and the folder carries a record of everything that went in. A run that was killed goes
 on from its last finished epoch and ends with the same bytes as one that was not."""
 
-# %% ../nbs/4_models/25_train.ipynb #8c200242
+# %% ../nbs/4_models/25_train.ipynb #62cba3a1
 import json,math,os,pickle,platform,shutil,sys,time
 from dataclasses import asdict,dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ def optimiser_step(
     schedule.step()
     opt.zero_grad(set_to_none=True)
 
-# %% ../nbs/4_models/25_train.ipynb #ba2d8f13
+# %% ../nbs/4_models/25_train.ipynb #18cbcf26
 @dataclass
 class Training:
     "A model in training: what changes with each step, and where it is kept between epochs"
@@ -159,6 +159,7 @@ class Training:
     state_file:Path # File for the state of a run that is interrupted
     done:int=0 # Epochs of the schedule that are over before the first of this run
 
+# %% ../nbs/4_models/25_train.ipynb #ba2d8f13
 @dataclass
 class _Texts:
     "What one pass over the training texts reads"
@@ -303,7 +304,7 @@ def _moving(model):
     frozen = {k for k,p in model.named_parameters() if not p.requires_grad}
     return {k:v.detach() for k,v in model.state_dict().items() if k not in frozen}
 
-# %% ../nbs/4_models/25_train.ipynb #7564d13c
+# %% ../nbs/4_models/25_train.ipynb #302606ab
 def _resume(t):
     "(history, best weights) of a `Training` whose state in its file is put back; ([], None) without a file"
     s = _load_state(t.state_file, t.key)
@@ -316,6 +317,7 @@ def _resume(t):
     t.schedule.load_state_dict(s['schedule'])
     return s['history'],s['best']
 
+# %% ../nbs/4_models/25_train.ipynb #7564d13c
 def _keep(t, history, best):
     "Write the state of a `Training`; where the last epoch is the best, the file holds its weights once"
     now = best if _best(history)==len(history)-1 else _moving(t.model)
@@ -360,7 +362,7 @@ def _go_on(opt, schedule, after, steps, parts):
     schedule.load_state_dict(s['schedule'])
     return at//steps
 
-# %% ../nbs/4_models/25_train.ipynb #ff36ef8d
+# %% ../nbs/4_models/25_train.ipynb #0f251ba2
 @dataclass
 class _Run:
     "What `finetune` was asked for and found out"
@@ -374,6 +376,7 @@ class _Run:
     parts:int
     after:str|Path|None
 
+# %% ../nbs/4_models/25_train.ipynb #ff36ef8d
 def _training(model, n_texts, run):
     "The `Training` of `model` on `n_texts` texts, as far as the part before has brought it"
     o = run.o

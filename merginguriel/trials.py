@@ -14,7 +14,7 @@ every merge overwrites; the texts are tokenized once. What remains to be paid fo
 With a `bank` each outcome is kept under the content of the models, the texts and the configuration, so an
 interrupted sweep goes on where it stopped, and a second one costs nothing."""
 
-# %% ../nbs/4_models/35_trials.ipynb #8b277226
+# %% ../nbs/4_models/35_trials.ipynb #aacbd702
 import itertools
 from pathlib import Path
 import numpy as np

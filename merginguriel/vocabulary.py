@@ -20,7 +20,7 @@ from .core import *
 from .outputs import *
 from .checkpoint import *
 
-# %% ../nbs/4_models/17_vocabulary.ipynb #f05d06f7
+# %% ../nbs/4_models/17_vocabulary.ipynb #3bae97cb
 def _backend(base):
     "The tokenizer of `base` as AutoTokenizer makes it, and its description; a unigram model, or an error"
     from transformers import AutoTokenizer
@@ -32,6 +32,7 @@ def _backend(base):
         "(XLM-RoBERTa, mini, e5) can be trimmed, because it cuts a text in the same way as long as the "
         "pieces of that text are there")
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #f05d06f7
 def used_pieces(
     base, # Model folder with a unigram tokenizer
     texts, # Texts
@@ -39,7 +40,8 @@ def used_pieces(
 )->list: # Pieces in the order of their ids, special tokens that were added to a text included
     "The pieces that `texts` are cut into"
     tok,_ = _backend(base)
-    seen,texts = set(),list(texts)
+    seen = set()
+    texts = list(texts)
     for i in range(0, len(texts), batch):
         for ids in tok(texts[i:i+batch])['input_ids']: seen.update(ids)
     return tok.convert_ids_to_tokens(sorted(seen))
@@ -50,14 +52,15 @@ def kept_ids(
     pieces, # Pieces to keep
 )->list: # Ids to keep, ascending
     "Ids of `pieces`, of the special tokens, and of what covers every other text"
-    vocab,pieces = spec['model']['vocab'],set(pieces)
+    vocab = spec['model']['vocab']
+    pieces = set(pieces)
     alone = {p for p,_ in vocab if len(p)==1}
     covers = lambda p: len(p)==1 or not alone.issuperset(p)
     special = {o['id'] for o in spec['added_tokens']}|{spec['model']['unk_id']}
     worst = min(range(len(vocab)), key=lambda i: vocab[i][1])
     return [i for i,(p,_) in enumerate(vocab) if p in pieces or i in special or i==worst or covers(p)]
 
-# %% ../nbs/4_models/17_vocabulary.ipynb #e9020ac3
+# %% ../nbs/4_models/17_vocabulary.ipynb #0406ed83
 def _renumber(spec, ids):
     "The tokenizer with the pieces `ids` only"
     new = {o:i for i,o in enumerate(ids)}
@@ -74,13 +77,14 @@ def _renumber(spec, ids):
     template = _renumber_template(spec['post_processor'], new, walk)
     return spec|dict(model=model, added_tokens=added, post_processor=template, padding=walk(spec['padding']))
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #e9020ac3
 def _renumber_template(o, new, walk):
     "Template, or the pair of (token, id) of a BERT or RoBERTa post-processor"
     if o and o['type'] in ('BertProcessing','RobertaProcessing'):
         return o|{k:[o[k][0], new[o[k][1]]] for k in ('sep','cls')}
     return walk(o)
 
-# %% ../nbs/4_models/17_vocabulary.ipynb #1169d337
+# %% ../nbs/4_models/17_vocabulary.ipynb #9acd92c0
 def _smaller_config(config, ids, rows, digest):
     "config.json with the ids that changed, and with what it was trimmed from"
     new = {o:i for i,o in enumerate(ids)}
@@ -92,6 +96,7 @@ _word_vectors = r'(word_embeddings|embed_tokens|tok_embeddings)\.weight$'
 _word_heads = r'(lm_head|cls\.predictions|vocab_projector|generator_lm_head)\b'
 _rows = rf'(^|\.)({_word_vectors}|{_word_heads})'
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #1169d337
 def _smaller_tensors(c, ids, rows):
     "The tensors, with the rows `ids` of those that have one for each piece"
     cut = {k for k in c if re.search(_rows, k) and c.shape(k)[:1]==(rows,)}
@@ -100,16 +105,18 @@ def _smaller_tensors(c, ids, rows):
             f"{c.keys()[:3]}")
     return {k: c.read(k)[ids] if k in cut else c.read(k) for k in c}
 
-# %% ../nbs/4_models/17_vocabulary.ipynb #a78fb2f9
+# %% ../nbs/4_models/17_vocabulary.ipynb #c8716b8c
 def _smaller_card(folder, ids, rows, digest):
     "The card of `folder`, and what was done"
-    path,text = Path(folder)/'README.md','# A model with a smaller vocabulary'
+    path = Path(folder)/'README.md'
+    text = '# A model with a smaller vocabulary'
     if path.is_file(): text = path.read_text(encoding='utf-8').rstrip()
     return (f"{text}\n\n## A smaller vocabulary\n\n{len(ids):,} of {rows:,} word vectors are kept, by "
         "merginguriel's `trim_vocabulary`: those of the pieces that a set of texts is cut into, and all "
         "pieces of one character. On those texts the model answers as the one it was made from, whose "
         f"tensors have the SHA-256 `{digest}`. Other texts are cut into smaller pieces.\n")
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #a78fb2f9
 def _tokenizer_config(tok):
     "What AutoTokenizer needs beside tokenizer.json"
     special = {k:v for k,v in tok.special_tokens_map.items() if isinstance(v, str)}
@@ -129,7 +136,7 @@ def made_once(
         if not (folder/'config.json').is_file(): make(folder)
     return folder
 
-# %% ../nbs/4_models/17_vocabulary.ipynb #b794b2ee
+# %% ../nbs/4_models/17_vocabulary.ipynb #ff8f5d28
 def _write_smaller(out, tok, spec, ids, base, config, c, digest):
     dump = lambda o,indent=1: json.dumps(o, ensure_ascii=False, indent=indent)+'\n'
     rows = config['vocab_size']
@@ -142,6 +149,7 @@ def _write_smaller(out, tok, spec, ids, base, config, c, digest):
         (tmp/'README.md').write_text(_smaller_card(base, ids, rows, digest), encoding='utf-8')
     return Path(out)
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #8a431b4e
 def keep_pieces(
     base, # Model folder with a unigram tokenizer: an encoder, a masked language model or a classifier
     pieces, # Pieces to keep; `used_pieces` finds those of a set of texts
@@ -149,13 +157,16 @@ def keep_pieces(
 )->Path: # The folder
     "`base` with the word vectors of `pieces`, of the special tokens and of single characters"
     tok,spec = _backend(base)
-    ids,c,config = kept_ids(spec, pieces),open_checkpoint(base),load_json(Path(base)/'config.json')
+    ids = kept_ids(spec, pieces)
+    c = open_checkpoint(base)
+    config = load_json(Path(base)/'config.json')
     digest = kept_digest(c)[0]
     write = lambda o: _write_smaller(o, tok, spec, ids, base, config, c, digest)
     if out is not None: return write(out)
     key = config_hash(dict(digest=digest, ids=ids, config=config, tokenizer=spec))
     return made_once(cache_dir('vocabulary')/key, write)
 
+# %% ../nbs/4_models/17_vocabulary.ipynb #b794b2ee
 def trim_vocabulary(
     base, # Model folder with a unigram tokenizer: an encoder, a masked language model or a classifier
     texts, # Texts on which nothing changes

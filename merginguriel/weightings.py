@@ -9,14 +9,16 @@ __all__ = ['compatibility_name', 'weighting_recipes', 'stored_weights', 'score_w
            'pair_gains', 'mantel', 'matrix_correlations', 'pair_predictions', 'weighting_answer']
 
 # %% ../nbs/6_studies/15_weightings.ipynb #0a57633b
-"""Whether compatibility is worth anything is a question about weights: the sources stay, the method stays, and only how much of
-each goes in changes. `compare_weightings` scores many weightings of each target and seed, so that `gains_across` can compare
-them, and keeps no merged model: each is scored, recorded and removed. `weight_moves` says how far the weights moved at all, for a
-factor that is the same for all sources moves nothing. `pair_gains` asks the matrix directly: is the merge of two compatible
-models better than what the two score by themselves? `mantel` tests two matrices of pairs, whose entries are not independent."""
+"""Is compatibility of models worth anything? This is a question about weights: the sources stay, the method
+stays, and only how much of each source goes in changes. `compare_weightings` scores many weightings for each
+target and seed, so that `gains_across` can compare them. It keeps no merged model: each is scored, recorded
+and removed. `weight_moves` says how far the weights moved at all, because a factor that is the same for all
+sources moves nothing. `pair_gains` asks the matrix directly: is the merge of two compatible models better
+than what the two score by themselves? `mantel` tests two matrices of pairs, whose entries are not
+independent."""
 
 # %% ../nbs/6_studies/15_weightings.ipynb #efb4c6e0
-from dataclasses import replace
+from dataclasses import dataclass,replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -28,27 +30,33 @@ from .store import *
 from .compute_compatibility_matrix import *
 from .experiment import *
 
-# %% ../nbs/6_studies/15_weightings.ipynb #116a07b5
+# %% ../nbs/6_studies/15_weightings.ipynb #5a9453d0
 def compatibility_name(
     text:str, # 'tv', or 'similarity_x_tv_compatibility'
 )->str: # One of `compatibilities`
     "The measure that `text` names"
     name = text.strip().removeprefix('similarity_x_').removesuffix('_compatibility')
-    if name not in compatibilities: raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {text!r}")
+    if name not in compatibilities:
+        raise ValueError(f"a compatibility is one of {', '.join(compatibilities)}; got {text!r}")
     return name
 
+# %% ../nbs/6_studies/15_weightings.ipynb #0df72734
 def weighting_recipes(
     measures:str, # Measures of compatibility, comma separated
     shuffles:int=1, # Shuffled controls of each measure
 )->dict: # Name -> fields of `Experiment` that differ from the similarity weights
     "The weightings to compare"
     out = {'similarity':{}, 'uniform':dict(weighting='uniform')}
-    for m in map(compatibility_name, filter(str.strip, measures.split(','))):
+    for text in measures.split(','):
+        if not text.strip(): continue
+        m = compatibility_name(text)
         out[m] = dict(compatibility=m)
-        for i in range(shuffles): out[f'{m} shuffled' + (f' {i}' if shuffles>1 else '')] = dict(compatibility=m, shuffled=i)
+        for i in range(shuffles):
+            name = f'{m} shuffled {i}' if shuffles>1 else f'{m} shuffled'
+            out[name] = dict(compatibility=m, shuffled=i)
     return out
 
-# %% ../nbs/6_studies/15_weightings.ipynb #dfb26e71
+# %% ../nbs/6_studies/15_weightings.ipynb #c8af4b12
 def stored_weights(
     store, # File of the result store
 )->dict: # Id of an experiment -> Series, source -> weight
@@ -57,69 +65,116 @@ def stored_weights(
     d['source'] = d['name'].astype(str).str.removeprefix('source:')
     return {h:o.set_index('source')['value'].rename('weight') for h,o in d.groupby('hash', sort=False)}
 
+def _stored_accuracy(s, e, name):
+    "The accuracy of an experiment from the store, or None"
+    try: c = s.correct(e.id, name, e.target, 'test', by_id=True)
+    except MissingDataError: return None
+    return accuracy_of(c.rename_axis('id'))
+
+# %% ../nbs/6_studies/15_weightings.ipynb #05f6059d
 def score_weights(
     experiment:Experiment, # Its first method is used
     models:dict, # Source -> model folder
     similarity:pd.DataFrame, # From `similarity_matrix`
     out='runs', # Folder where measurements are kept
+    *,
     store=None, # File of the result store; None: `store.sqlite` in `out`
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     weights:pd.Series|None=None, # From `stored_weights`; None: compatibility is measured
 )->tuple: # (weights, `Accuracy` on the target's test set)
     "Merge, score and record one experiment without keeping the merged model"
-    e,s = experiment,Store(store or Path(out)/'store.sqlite')
-    m,o = e.methods[0],dict(locale=e.target, split='test')
-    if weights is None: weights = e.compatible(e.select(similarity), models, out, device)
+    e = experiment
+    s = Store(store or Path(out)/'store.sqlite')
+    method = e.methods[0]
+    name = method_label(method)
+    if weights is None: weights = e.compatible(e.select(similarity), models, out=out, device=device)
     sources = {k:models[k] for k in weights.index}
     e.contract(list(weights.index))
-    try: c = s.correct(e.id, method_label(m), e.target, 'test', by_id=True).rename_axis('id')
-    except MissingDataError: c = None
-    if c is not None: return weights,accuracy_of(c)
+    known = _stored_accuracy(s, e, name)
+    if known is not None: return weights,known
     with working_dir(Path(out)/'weightings') as d:
-        a = e.test_models({'x':e.merge_one(m, sources, e.merged_weights(weights), d, device)}, d, device)['x']
-    rows = [a.row(**o, name=method_label(m))]
-    rows += [o|dict(name=f'source:{k}', metric='weight', value=float(w)) for k,w in weights.items()]
+        merged = e.merge_one(method, sources, e.merged_weights(weights), out=d, device=device)
+        a = e.test_models({'x':merged}, d, device)['x']
+    where = dict(locale=e.target, split='test')
+    rows = [a.row(**where, name=name)]
+    for k,w in weights.items(): rows.append(where|dict(name=f'source:{k}', metric='weight', value=float(w)))
     s.record(e.config(), rows)
     return weights,a
 
 # %% ../nbs/6_studies/15_weightings.ipynb #b03bdf20
+@dataclass
+class _Target:
+    "What all weightings of one experiment share"
+    experiment:Experiment
+    similarity:pd.DataFrame # From `similarity_matrix`
+    plain:pd.Series # The similarity weights, source -> weight
+    models:dict # Locale -> model folder, the target's own among them
+    accuracies:dict # Name -> `Accuracy`, of the target's own model and of each weighting
+
+    def sources(self):
+        "Source -> model folder, of those that may be merged"
+        target = self.experiment.target
+        if self.experiment.include_target: return self.models
+        return {k:v for k,v in self.models.items() if k!=target}
+
+    def result(self):
+        "All of it as of `run`, without merged models"
+        e = self.experiment
+        scores = self.similarity[e.target].drop(e.target, errors='ignore')
+        contract = e.contract(list(self.plain.index))
+        return Result(experiment=e, contract=contract, scores=scores, weights=self.plain, models=self.models,
+            merged={}, uniform=None, accuracies=self.accuracies, seconds={})
+
+# %% ../nbs/6_studies/15_weightings.ipynb #f8edb34d
+def _target(e, out, device):
+    "The models of one experiment, and the accuracy of the target's own"
+    similarity = e.similarity_matrix(out)
+    plain = e.select(similarity)
+    locales = dict.fromkeys([*plain.index, e.target])
+    models = {o:e.train(o, out, device=device) for o in locales}
+    return _Target(e, similarity, plain, models, e.test_models({'own':models[e.target]}, out, device))
+
+# %% ../nbs/6_studies/15_weightings.ipynb #58fc46fd
 def compare_weightings(
     experiments:list, # Experiments that differ in target and seed, with the similarity weighting
     recipes:dict, # From `weighting_recipes`
     out='runs', # Folder for models and measurements
     store=None, # File of the result store; None: `store.sqlite` in `out`
+    *,
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     progress:bool=True, # Show a bar of merges
-)->tuple: # (one `Result` per experiment with an accuracy per weighting and 'own', weights in long form)
+)->tuple: # (`Result` of each experiment, accuracies by weighting and 'own'; weights in long form)
     "Score every weighting of every experiment"
     from tqdm.auto import tqdm
-    results,rows,known = [],[],stored_weights(store or Path(out)/'store.sqlite')
+    known = stored_weights(store or Path(out)/'store.sqlite')
+    results = []
+    rows = []
     with tqdm(total=len(experiments)*len(recipes), disable=not progress) as bar:
         for e in experiments:
             variants = {k:replace(e, **v) for k,v in recipes.items()}
             for o in variants.values(): o.check()
-            sim = e.similarity_matrix(out)
-            plain = e.select(sim)
-            models = {o:e.train(o, out, device=device) for o in dict.fromkeys([*plain.index, e.target])}
-            acc = e.test_models({'own':models[e.target]}, out, device)
-            merging = models if e.include_target else {k:v for k,v in models.items() if k!=e.target}
+            t = _target(e, out, device)
             for k,v in variants.items():
-                w,acc[k] = score_weights(v, merging, sim, out, store, device, known.get(v.id))
-                rows += [dict(weighting=k, target=e.target, seed=e.seed, source=o, weight=x, similarity=plain[o]) for o,x in w.items()]
+                w,t.accuracies[k] = score_weights(v, t.sources(), t.similarity, out, store=store,
+                    device=device, weights=known.get(v.id))
+                said = dict(weighting=k, target=e.target, seed=e.seed)
+                rows += [said|dict(source=o, weight=x, similarity=t.plain[o]) for o,x in w.items()]
                 bar.set_description(f'{e.target} {k}')
                 bar.update()
-            scores = sim[e.target].drop(e.target, errors='ignore')
-            results.append(Result(e, e.contract(list(plain.index)), scores, plain, models, {}, None, acc, {}))
+            results.append(t.result())
     return results,pd.DataFrame(rows)
 
 # %% ../nbs/6_studies/15_weightings.ipynb #b59bf26f
 def weight_moves(
     weights:pd.DataFrame, # From `compare_weightings`
 )->pd.DataFrame: # Weighting × (mean_largest, largest, exchanged), in [0, 1]
-    "Changes against the similarity weights: the largest one of a run, its mean over runs and its largest, and the share exchanged"
+    "Changes against similarity: the largest of a run, in the mean and at most, and the share exchanged"
     d = weights.assign(move=(weights.weight-weights.similarity).abs())
-    run = d.groupby(['weighting','target','seed'], sort=False).move.agg(['max','sum']).groupby('weighting', sort=False)
-    return pd.DataFrame({'mean_largest':run['max'].mean(), 'largest':run['max'].max(), 'exchanged':run['sum'].mean()/2})
+    run = d.groupby(['weighting','target','seed'], sort=False).move.agg(['max','sum'])
+    of = run.groupby('weighting', sort=False)
+    largest = of['max']
+    exchanged = of['sum'].mean()/2
+    return pd.DataFrame(dict(mean_largest=largest.mean(), largest=largest.max(), exchanged=exchanged))
 
 # %% ../nbs/6_studies/15_weightings.ipynb #8b1782ab
 def pair_gains(
@@ -127,58 +182,84 @@ def pair_gains(
     models:dict, # Source -> model folder; all pairs of them are merged
     out='runs', # Folder of kept predictions
     store=None, # File of the result store; None: `store.sqlite` in `out`
+    *,
     device:str|None=None, # 'cpu' or 'cuda'; None: CUDA where there is one
     progress:bool=True, # Show a bar of pairs
 )->dict: # 'over mean' and 'over best' -> names × names, gains in [-1, 1], NaN on the diagonal
     "What the equal merge of each pair gains over the two"
     from tqdm.auto import tqdm
-    names,sim = list(models),experiment.similarity_matrix(out)
+    names = list(models)
+    sim = experiment.similarity_matrix(out)
     alone = {k:a.value for k,a in experiment.test_models(models, out, device).items()}
     mean = pd.DataFrame(np.nan, names, names)
     best = mean.copy()
-    for a,b in tqdm([(a, b) for i,a in enumerate(names) for b in names[:i]], disable=not progress):
+    pairs = [(a,b) for i,a in enumerate(names) for b in names[:i]]
+    for a,b in tqdm(pairs, disable=not progress):
         e = replace(experiment, sources=(a,b), k=2, weighting='uniform', compatibility='', shuffled=None)
-        v = score_weights(e, {a:models[a], b:models[b]}, sim, out, store, device)[1].value
+        two = {a:models[a], b:models[b]}
+        v = score_weights(e, two, sim, out, store=store, device=device)[1].value
         mean.loc[a,b] = mean.loc[b,a] = v-(alone[a]+alone[b])/2
         best.loc[a,b] = best.loc[b,a] = v-max(alone[a], alone[b])
     return {'over mean':mean, 'over best':best}
 
-# %% ../nbs/6_studies/15_weightings.ipynb #7eff578c
+# %% ../nbs/6_studies/15_weightings.ipynb #8fcf3dfc
 def _ranks(x, rank): return pd.Series(x).rank().to_numpy() if rank else x
 
+# %% ../nbs/6_studies/15_weightings.ipynb #7eff578c
+def _unit(x, rank):
+    "Values or their ranks, with mean 0 and length 1; None where all are equal"
+    if rank: x = pd.Series(x).rank().to_numpy()
+    if not np.ptp(x): return None
+    x = x-x.mean()
+    return x/np.linalg.norm(x)
+
+# %% ../nbs/6_studies/15_weightings.ipynb #ada42037
+def _chance(u, v, size, n, rng):
+    "Correlations of `u` with `v`, both of all pairs, when the `size` names of `v` are permuted `n` times"
+    i = np.triu_indices(size, 1)
+    m = np.zeros((size,size))
+    m[i] = v
+    m += m.T
+    orders = rng.permuted(np.tile(np.arange(size), (n,1)), axis=1)
+    parts = np.array_split(orders, 1+n//500)
+    return np.concatenate([m[o[:,i[0]],o[:,i[1]]]@u for o in parts])
+
+# %% ../nbs/6_studies/15_weightings.ipynb #148bde15
 def mantel(
     a:pd.DataFrame, # Symmetric, 4 names or more; the diagonal is not looked at
     b:pd.DataFrame, # The same names
     n:int=9999, # Permutations
     seed:int=0, # Seed of the permutations
+    *,
     rank:bool=True, # Spearman's correlation (True) or Pearson's (False)
 )->tuple: # (correlation over pairs, two-sided p-value)
     "Correlation of two matrices of pairs"
-    if set(a.index)!=set(b.index) or len(a)<4: raise ValueError(f"give two matrices of the same 4 names or more; got {len(a)} and {len(b)}")
+    if set(a.index)!=set(b.index) or len(a)<4:
+        raise ValueError(f"give two matrices of the same 4 names or more; got {len(a)} and {len(b)}")
     i = np.triu_indices(len(a), 1)
-    x,y = a.to_numpy(float),b.loc[a.index,a.index].to_numpy(float)
-    if np.isnan(x[i]).any() or np.isnan(y[i]).any(): raise ValueError("a pair is NaN; leave its model out")
-    u,v,m = _ranks(x[i], rank),_ranks(y[i], rank),np.zeros_like(y)
-    if not (np.ptp(u) and np.ptp(v)): return np.nan,1.
-    u,v = ((o-o.mean())/np.linalg.norm(o-o.mean()) for o in (u, v))
-    m[i] = v
-    m += m.T
-    rng = np.random.default_rng(seed)
-    q = rng.permuted(np.tile(np.arange(len(a)), (n,1)), axis=1)
-    chance = np.concatenate([m[o[:,i[0]],o[:,i[1]]]@u for o in np.array_split(q, 1+n//500)])
-    return float(u@v),float((1+(abs(chance)>=abs(u@v)-1e-12).sum())/(n+1))
+    x = a.to_numpy(float)[i]
+    y = b.loc[a.index,a.index].to_numpy(float)[i]
+    if np.isnan(x).any() or np.isnan(y).any(): raise ValueError("a pair is NaN; leave its model out")
+    u = _unit(x, rank)
+    v = _unit(y, rank)
+    if u is None or v is None: return np.nan,1.
+    chance = _chance(u, v, len(a), n, np.random.default_rng(seed))
+    as_strong = (abs(chance)>=abs(u@v)-1e-12).sum()
+    return float(u@v),float((1+as_strong)/(n+1))
 
-# %% ../nbs/6_studies/15_weightings.ipynb #72bbf1ef
+# %% ../nbs/6_studies/15_weightings.ipynb #95d69530
 def matrix_correlations(
     matrices:dict, # Name -> names × names
     n:int=9999, # Permutations
 )->pd.DataFrame: # One row per pair of matrices: a, b, correlation, p, holm
     "Mantel's test of every two matrices, corrected over all"
-    ms = list(matrices)
-    rows = [(a,b,*mantel(matrices[a], matrices[b], n)) for i,a in enumerate(ms) for b in ms[i+1:]]
+    names = list(matrices)
+    pairs = [(a,b) for i,a in enumerate(names) for b in names[i+1:]]
+    rows = [(a,b,*mantel(matrices[a], matrices[b], n)) for a,b in pairs]
     df = pd.DataFrame(rows, columns=['a','b','correlation','p'])
     return df.assign(holm=holm(df.p))
 
+# %% ../nbs/6_studies/15_weightings.ipynb #b69af337
 def pair_predictions(
     compatibility:dict, # (Target, seed) -> name of a measure -> names × names
     gains:dict, # (Target, seed) -> from `pair_gains`
@@ -186,25 +267,34 @@ def pair_predictions(
 )->pd.DataFrame: # One row per measure, kind of gain and run: correlation, p, holm (over all rows)
     "Correlation of compatibility with what merging a pair gains, in each run"
     rows = []
-    for k,g in gains.items():
-        for m,c in compatibility[k].items():
-            for what,b in g.items():
-                r,p = mantel(c, b, n)
-                rows.append(dict(measure=m, gain=what, target=k[0], seed=k[1], correlation=r, p=p))
+    for (target,seed),kinds in gains.items():
+        for measure,c in compatibility[target,seed].items():
+            for what,gain in kinds.items():
+                r,p = mantel(c, gain, n)
+                rows.append(dict(measure=measure, gain=what, target=target, seed=seed, correlation=r, p=p))
     df = pd.DataFrame(rows)
     return df.assign(holm=holm(df.p))
 
 # %% ../nbs/6_studies/15_weightings.ipynb #3a9e84b8
+def _compared(means, a, b):
+    "How the weighting `a` compares with `b`, in words"
+    r = means[(means.a==a)&(means.b==b)].iloc[0]
+    if r.holm>.05: word = 'not shown to differ from'
+    elif r.gain>0: word = 'above'
+    else: word = 'below'
+    interval = f'[{100*r.low:+.2f}, {100*r.high:+.2f}]'
+    return f"{word} {b} ({100*r.gain:+.2f} points {interval}, corrected p {r.holm:.3g})"
+
+# %% ../nbs/6_studies/15_weightings.ipynb #0f78d53b
 def weighting_answer(
     means:pd.DataFrame, # From `mean_gains`, pairs (weighting, 'similarity') and (weighting, control)
     moves:pd.DataFrame, # From `weight_moves`
     measures:list, # Names of the measures, the question's own first
 )->str: # One sentence
     "Whether compatibility weights beat similarity weights and their shuffled control"
-    def say(a, b):
-        r = means[(means.a==a)&(means.b==b)].iloc[0]
-        word = 'not shown to differ from' if r.holm>.05 else 'above' if r.gain>0 else 'below'
-        return f"{word} {b} ({100*r.gain:+.2f} points [{100*r.low:+.2f}, {100*r.high:+.2f}], corrected p {r.holm:.3g})"
-    parts = [f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is {say(m, 'similarity')}" +
-        ''.join(f" and {say(m, b)}" for b in means[(means.a==m)&(means.b!='similarity')].b) for m in measures]
+    parts = []
+    for m in measures:
+        controls = means[(means.a==m)&(means.b!='similarity')].b
+        words = ' and '.join(_compared(means, m, b) for b in ['similarity',*controls])
+        parts.append(f"{m} changes the weight of a source by up to {moves.largest[m]:.3f} and is {words}")
     return f"Over {means.targets.iloc[0]} targets, {'; '.join(parts)}."

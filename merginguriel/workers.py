@@ -242,7 +242,9 @@ class Claims:
     "Names that this process has claimed, and no other may use"
     def __init__(self,
         folder:str|Path, # Folder of one file per claim, shared by all who claim
-    ): self.folder,self.held = Path(folder),{}
+    ):
+        self.folder = Path(folder)
+        self.held = {}
     def __enter__(self):
         for o in list(self.folder.glob('*')): self.taken(o.name) # Removes the file of one who is dead
         return self

