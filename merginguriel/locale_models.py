@@ -32,6 +32,7 @@ from .evaluate import *
 from .significance import *
 from .store import *
 from .experiment import *
+from .classifier import *
 
 # %% ../nbs/6_studies/57_locale_models.ipynb #cab6ebd3
 def _locale_names(experiment):

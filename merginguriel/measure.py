@@ -103,7 +103,7 @@ def measure_statistics(
 # %% ../nbs/4_models/50_measure.ipynb #c809a678
 def _gram_shapes(model):
     "Name of each linear layer of the encoder -> type and shape of its Gram matrix"
-    layers = {k:l for p in _layers(model) for k,l in _linears(model, f'{p}.').items()}
+    layers = {k:l for p in numbered_layers(model) for k,l in linear_layers(model, f'{p}.').items()}
     return {k:(torch.float32, (l.in_features,l.in_features)) for k,l in layers.items()}
 
 # %% ../nbs/4_models/50_measure.ipynb #841179f8

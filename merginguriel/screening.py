@@ -26,6 +26,7 @@ from .evaluate import *
 from .ensemble import *
 from .significance import *
 from .trials import *
+from .experiment import *
 
 # %% ../nbs/6_studies/25_screening.ipynb #49e65732
 def spread(
