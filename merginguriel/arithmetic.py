@@ -29,6 +29,8 @@ from .checkpoint import *
 from .base_model import *
 from .head import *
 from .bases import *
+from .masks import *
+from .changes import *
 from .localize import *
 from .evaluate import *
 from .store import *

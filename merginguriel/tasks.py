@@ -25,7 +25,7 @@ from .core import *
 from .outputs import *
 from .checkpoint import *
 from .base_model import *
-from .localize import *
+from .masks import *
 from .data import *
 from .mini import *
 from .classifier import *

@@ -17,7 +17,8 @@ unless the target is a source."""
 import pandas as pd
 from .core import *
 from .base_model import *
-from .localize import *
+from .masks import *
+from .learned_masks import *
 from .data import *
 from .classifier import *
 from .train import *

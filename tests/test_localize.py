@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from merginguriel.changes import *
 from merginguriel.checkpoint import open_checkpoint, save_checkpoint
 from merginguriel.core import CheckpointError, IncompatibleError
+from merginguriel.learned_masks import *
 from merginguriel.localize import *
+from merginguriel.masks import *
 from merginguriel.merge import merge, merge_state_dicts
 from merginguriel.task_vector import TensorNamesError, task_vector, task_vector_gram
 from merginguriel.toy import toy_base, toy_sources
