@@ -98,4 +98,6 @@ def execute_page(
             where = f'in cell {e.exec_count} of {failed}, which is executed up to there'
             raise MerginGurielError(f"{e.ename}: {last} ({where})") from e
         _keep(made, dest, key=key, config=config)
+        failed = page_path(folder, f'{label}.failed', key)
+        if page_key(failed)==key: drop(failed) # Of an earlier try
     return dest
