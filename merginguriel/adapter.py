@@ -308,7 +308,7 @@ def apply_adapter(
         config=a.config)
     record['key'] = config_hash([1, record, load_json(folder/'config.json'), labels])
     cached = out is None
-    out = cache_dir('adapter')/record['key'] if cached else Path(out)
+    out = cache_dir('adapter')/record['key'] if cached else output_path(out)
     with alone(out):
         if _made(out, record['key']): return out
         with atomic_dir(out, cached=cached) as d:

@@ -410,7 +410,7 @@ def _make(out, wanted):
     config,record = _record(p)
     if p.perm and p.perm!=sorted(p.perm): warnings.warn(f"{record['pretrained']}: {p.note}", stacklevel=3)
     cached = out is None
-    out = cache_dir('base')/record['key'] if cached else Path(out)
+    out = cache_dir('base')/record['key'] if cached else output_path(out)
     if _whole(out, record['key']): return out
     with alone(out):
         if _whole(out, record['key']): return out

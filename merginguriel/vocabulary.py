@@ -147,7 +147,7 @@ def _write_smaller(out, tok, spec, ids, base, config, c, digest):
         (tmp/'tokenizer_config.json').write_text(dump(_tokenizer_config(tok)), encoding='utf-8')
         if (seen := Path(base)/'seen.json').is_file(): shutil.copyfile(seen, tmp/'seen.json')
         (tmp/'README.md').write_text(_smaller_card(base, ids, rows, digest), encoding='utf-8')
-    return Path(out)
+    return output_path(out)
 
 # %% ../nbs/4_models/17_vocabulary.ipynb #8a431b4e
 def keep_pieces(
