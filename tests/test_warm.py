@@ -45,7 +45,8 @@ def test_it_is_a_fork_unless_a_library_would_have_been_loaded_otherwise():
 def test_a_signal_reaches_the_fork(number):
     "An interrupt can be caught there; who kills the client kills the fork"
     code = '''
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored where a shell started the tests in the background
 print(os.getpid(), flush=True)
 try: time.sleep(60)
 except KeyboardInterrupt: print("interrupted", flush=True); raise SystemExit(7)
