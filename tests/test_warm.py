@@ -47,8 +47,9 @@ def test_a_signal_reaches_the_fork(number):
     code = '''
 import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler) # Ignored where a shell started the tests in the background
-print(os.getpid(), flush=True)
-try: time.sleep(60)
+try:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
 except KeyboardInterrupt: print("interrupted", flush=True); raise SystemExit(7)
 '''
     p = subprocess.Popen([*warm.python(), '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
